@@ -1,0 +1,1 @@
+"""The PRG method and its offline scripts: pretrain, fine-tune, evaluate, export."""

@@ -1,0 +1,87 @@
+"""The reverse solve as an encoder: an image to its state at t_end and the activations there."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prg.paths import PATHS, VelocityField
+from prg.solver import TABLEAUS, Solver
+from prg.unet import UNet
+
+STATE_SIDE = 16
+"""The state is average-pooled to 3 x 16 x 16 before it is used as a feature (official)."""
+STATE_DIM = 3 * STATE_SIDE**2
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How to reverse: path, solver, its steps, and the blocks whose activations are HIDDEN."""
+
+    path: str = "icfm"
+    solver: str = "euler"
+    steps: int = 1
+    layers: tuple[str, ...] = ("middle_block",)
+
+    def __post_init__(self) -> None:
+        if self.path not in PATHS:
+            raise ValueError(f"unknown path {self.path!r}: choose one of {', '.join(PATHS)}")
+        if self.solver not in TABLEAUS:
+            raise ValueError(f"unknown solver {self.solver!r}: choose one of {', '.join(TABLEAUS)}")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations for both features, the further one for HIDDEN included."""
+        return self.steps * TABLEAUS[self.solver].stages + 1
+
+
+class Encoder(nn.Module):
+    """Images to features by the reverse ODE; every image has a t_end of its own.
+
+    STATE: x at t_end, pooled to 16 x 16, flattened channel first, [B, 768]. HIDDEN: activations of one further
+    evaluation v(x at t_end, t_end), averaged over space, [B, D_h].
+    """
+
+    __jit_unused_properties__: ClassVar = ["field", "net"]
+
+    def __init__(
+        self, net: UNet, config: EncoderConfig, reversed_time: bool = False, save_memory: bool = True
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.solver = Solver(VelocityField(net, reversed_time), config.solver, config.steps, save_memory)
+        self.t_start = PATHS[config.path].t_start
+        self.blocks = net.block_numbers(config.layers)
+        with torch.no_grad():
+            side = net.config.image_size
+            probe = net.activations(torch.zeros(1, 3, side, side), torch.zeros(1), self.blocks)
+        self.hidden_dim = probe.shape[1]
+
+    @property
+    def field(self) -> VelocityField:
+        """v(x, t); held by the solver alone, so that its weights have one name."""
+        assert isinstance(self.solver.velocity, VelocityField)
+        return self.solver.velocity
+
+    @property
+    def net(self) -> UNet:
+        """The network inside."""
+        return self.field.net
+
+    def forward(self, x: Tensor, t_end: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 3, S, S] normalised, t_end [B] -> STATE [B, 768], HIDDEN [B, D_h]."""
+        z, t = self.reverse(x, t_end)
+        return pooled_state(z), self.solver.velocity.activations(z, t, self.blocks)
+
+    def reverse(self, x: Tensor, t_end: Tensor) -> tuple[Tensor, Tensor]:
+        """The full state at t_end, [B, 3, S, S], and the time reached, [B]: t_end, but at most t_start."""
+        start = torch.full_like(t_end, self.t_start)
+        t = torch.minimum(t_end, start)
+        return self.solver(x, start, t), t
+
+
+def pooled_state(z: Tensor, side: int = STATE_SIDE) -> Tensor:
+    """[B, 3, S, S] -> [B, 3 * side^2]."""
+    return F.adaptive_avg_pool2d(z, [side, side]).flatten(1)

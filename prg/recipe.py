@@ -1,0 +1,228 @@
+"""A recipe: everything that defines one experiment, typed and checked before any work begins."""
+
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from prg.classifier import HeadConfig
+from prg.encoder import EncoderConfig
+from prg.unet import PRESETS, UNetConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be used; the message names the file, the key and the fix."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images come from and how they are split."""
+
+    source: str = ""
+    """A dataset name on the Hugging Face hub, a folder of parquet files, or a folder of images (one sub-folder
+    a class, or images alone for pretraining)."""
+    train: str = "train"
+    test: str = ""
+    """The split that is read once, by `prg evaluate`. Empty: test, else validation, else the images held back."""
+    validation: float = 0.1
+    """Share of the training split that is held back from training, to choose by."""
+    labels: tuple[str, ...] = ()
+    """Class names as served, in the order of the data's class ids. Empty: the data's own names."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """How an image becomes the network's input."""
+
+    size: int = 32
+    resize: int = 32
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """What both kinds of training need."""
+
+    epochs: float
+    batch: int = 128
+    lr: float = 1e-3
+    lr_min: float = 0.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: float = 0.05
+    """Share of all steps over which the learning rate rises from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are the ones used afterwards; 0: no average."""
+    augment: tuple[Literal["flip", "crop"], ...] = ("flip",)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: whichever a short probe finds faster on this machine."""
+
+    def __post_init__(self) -> None:
+        for name, good in {
+            "epochs": self.epochs > 0,
+            "batch": self.batch > 0,
+            "lr": self.lr > 0,
+            "warmup": 0 <= self.warmup < 1,
+            "clip": self.clip >= 0,
+            "ema": 0 <= self.ema < 1,
+        }.items():
+            if not good:
+                raise ValueError(f"{name} = {getattr(self, name)} is out of range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Optimisation):
+    """Flow matching on images without labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Optimisation):
+    """Encoder and head together, through the reverse ODE, by label-smoothed cross-entropy."""
+
+    t_end: tuple[float, ...] = (0.8,)
+    """Levels the head is trained at, one drawn per image; the first is the default when serving."""
+    head_input: Literal["state", "hidden", "both"] = "both"
+    head: Literal["mlp", "linear"] = "mlp"
+    label_smoothing: float = 0.1
+    save_memory: bool = True
+    """Checkpoint every network evaluation: the same gradient, less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.t_end or not all(0 <= t < 1 for t in self.t_end):
+            raise ValueError(
+                f"t_end = {self.t_end}: levels in [0, 1) are needed, 1 would be no reverse solve"
+            )
+
+
+@dataclass(frozen=True)
+class Serve:
+    """What /embed answers with when it is not asked for anything else."""
+
+    t_end: float = 0.8
+    feature: Literal["state", "hidden"] = "hidden"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One experiment."""
+
+    about: str
+    seed: int = 0
+    network: str
+    pretrain: Pretrain
+    finetune: Finetune
+    data: Data = field(default_factory=Data)
+    image: Image = field(default_factory=Image)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    serve: Serve = field(default_factory=Serve)
+
+    def __post_init__(self) -> None:
+        if self.network not in PRESETS:
+            raise ValueError(f"network = {self.network!r}: choose one of {', '.join(PRESETS)}")
+        if self.unet.image_size != self.image.size:
+            raise ValueError(
+                f"image.size = {self.image.size}, but network {self.network!r} takes {self.unet.image_size}"
+            )
+        if self.image.resize < self.image.size:
+            raise ValueError(f"image.resize = {self.image.resize} is below image.size = {self.image.size}")
+
+    @property
+    def unet(self) -> UNetConfig:
+        """The network's shape."""
+        return PRESETS[self.network]
+
+    def head(self, classes: int) -> HeadConfig:
+        """The head's shape, for so many classes."""
+        return HeadConfig(classes, self.finetune.head_input, self.finetune.head)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(
+        f.name.removesuffix(".toml")
+        for f in resources.files("prg.recipes").iterdir()
+        if f.name.endswith(".toml")
+    )
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe by name, or a TOML (or a run's JSON) file by path.
+
+    overrides: `section.key=value`, the value in TOML's notation, or a bare word for a string.
+    Raises RecipeError for a file that is missing or does not parse, an unknown key, a wrong type or value.
+    """
+    path = Path(name)
+    if path.suffix not in (".toml", ".json"):
+        if name not in shipped_recipes():
+            raise RecipeError(
+                f"no recipe {name!r}: give a .toml file or one of {', '.join(shipped_recipes())}"
+            )
+        text = resources.files("prg.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+    elif not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    else:
+        text = path.read_text("utf-8")
+    try:
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"{name}: not valid {path.suffix[1:] or 'toml'}: {error}") from None
+    for item in overrides:
+        _override(table, item)
+    return parse_recipe(table, name)
+
+
+def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
+    """A recipe from its table; `where` names it in errors. Raises RecipeError."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # here: the training core does without it
+
+    for kind in (Recipe, Data, Image, Pretrain, Finetune, Serve, EncoderConfig):
+        kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            key = ".".join(str(k) for k in e["loc"]) or "the recipe"
+            known = f" (known keys: {', '.join(_known(e['loc']))})" if "unexpected" in e["type"] else ""
+            lines.append(f"{key}: {e['msg'].removeprefix('Value error, ')}{known}")
+        raise RecipeError(f"{where}: " + "; ".join(lines)) from None
+
+
+def recipe_table(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe, defaults included, as plain JSON types; `parse_recipe` reads it back."""
+    table: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return table
+
+
+def _known(location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed where an unknown one was found."""
+    sections = {f: t for f, t in Recipe.__annotations__.items() if hasattr(t, "__dataclass_fields__")}
+    kind = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    return list(kind.__dataclass_fields__)
+
+
+def _override(table: dict[str, Any], item: str) -> None:
+    key, found, value = item.partition("=")
+    if not found:
+        raise RecipeError(f"--set {item}: write it as section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {item}: {section} is not a section")
+    table[last] = parsed

@@ -1,0 +1,1 @@
+"""Data, augmentation and the loops that train."""

@@ -1,0 +1,332 @@
+"""The training loop: deterministic, resumable step by step, for any loss on batches of images."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prg.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_strictly,
+    save_checkpoint,
+)
+from prg.recipe import Optimisation
+from prg.training.data import Images
+from prg.training.precision import Precision, choose_precision
+from prg.training.progress import track
+
+SAVE_EVERY_S = 120.0
+LOG_EVERY_STEPS = 50
+
+Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
+"""loss(model, pixels uint8 [B, 3, S, S], labels int64 [B] or None, generator) -> scalar."""
+Validate = Callable[[nn.Module], dict[str, float]]
+"""Figures of the (averaged) model on the validation images."""
+
+
+class Interrupted(Exception):
+    """Stopped by SIGINT or SIGTERM; the checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    kind: str
+    """pretrain or finetune: the kind of the checkpoint."""
+    model: nn.Module
+    loss: Loss
+    validate: Validate
+    images: Images
+    config: Optimisation
+    seed: int
+    settings: dict[str, Any]
+    """Everything the result depends on, stored in the checkpoint; a resumed run must have the same."""
+    folder: Path
+    device: torch.device
+    facts: dict[str, Any]
+    """Further facts for the checkpoint, such as the classes or where the weights came from."""
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.images) // self.config.batch)
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.config.epochs * self.steps_per_epoch))
+
+
+def learning_rate(config: Optimisation, step: int, steps: int) -> float:
+    """Linear warm-up, then constant or half a cosine to lr_min."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - warmup) / max(1, steps - warmup)
+    return config.lr_min + (config.lr - config.lr_min) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def batch_at(count: int, size: int, seed: int, step: int) -> np.ndarray:
+    """Indices of the batch of one step: each epoch is a new order, drawn from the seed alone.
+
+    Nothing random is carried from step to step, so that a resumed run needs no generator's state.
+    """
+    size = min(size, count)
+    epoch, place = divmod(step, max(1, count // size))
+    order = np.random.default_rng([seed, 1, epoch]).permutation(count)
+    return order[place * size : (place + 1) * size]
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The generator of everything random in one step."""
+    mixed = int(np.random.SeedSequence([seed, 2, step]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(mixed)
+
+
+class Trainer:
+    """State of one run: the model, its averaged copy, the optimiser and how many steps are done."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = job.model.to(job.device)
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(self.model, job.config.weight_decay),
+            lr=job.config.lr,
+            betas=job.config.betas,
+            fused=job.device.type == "cuda",
+        )
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.step = 0
+        self.precision: Precision = "fp32"
+        self.seconds = 0.0
+
+    def resume(self) -> bool:
+        """Continue from the run's own checkpoint, if there is one; True if there was."""
+        path = self.job.checkpoint
+        if not path.exists():
+            return False
+        saved = load_checkpoint(path, self.job.kind, self.job.device)
+        differing = differences(saved.facts["settings"], self.job.settings)
+        if differing:
+            raise CheckpointError(
+                f"{path}: begun with other settings ({'; '.join(differing)}); "
+                "use those, or another folder for a new run"
+            )
+        load_strictly(self.model, saved.part("model"), path)
+        self.average = saved.part("average")
+        self.step, self.seconds = saved.facts["step"], saved.facts["seconds"]
+        self.precision = saved.facts["precision"]
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        moments = saved.part("optimiser")
+        for group in self.optimiser.param_groups:
+            for p in group["params"]:
+                name = names[id(p)]
+                if f"exp_avg.{name}" in moments:
+                    self.optimiser.state[p] = {
+                        "step": torch.tensor(float(self.step), device=p.device if group["fused"] else "cpu"),
+                        "exp_avg": moments[f"exp_avg.{name}"],
+                        "exp_avg_sq": moments[f"exp_avg_sq.{name}"],
+                    }
+        return True
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for p, state in self.optimiser.state.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"optimiser.{moment}.{names[id(p)]}"] = state[moment]
+        facts = {
+            "kind": self.job.kind,
+            "settings": self.job.settings,
+            "step": self.step,
+            "steps": self.job.steps,
+            "precision": self.precision,
+            "seconds": round(self.seconds, 1),
+            "torch": torch.__version__,
+            **self.job.facts,
+        }
+        save_checkpoint(self.job.checkpoint, Checkpoint(tensors, facts))
+
+    def loss(self, step: int, precision: Precision) -> Tensor:
+        """The loss of one step's batch."""
+        job = self.job
+        index = batch_at(len(job.images), job.config.batch, job.seed, step)
+        pixels = torch.from_numpy(np.ascontiguousarray(job.images.pixels[index])).to(job.device)
+        labels = None
+        if job.images.labels is not None:
+            labels = torch.from_numpy(job.images.labels[index]).to(job.device)
+        generator = step_generator(job.seed, step, job.device)
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return job.loss(self.model, pixels, labels, generator)
+
+    def advance(self) -> float:
+        """One step of optimisation; returns its loss. Raises FloatingPointError if the loss is not finite."""
+        config = self.job.config
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(config, self.step, self.job.steps)
+        loss = self.loss(self.step, self.precision)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{self.job.kind}: the loss is {value} at step {self.step}; the checkpoint before it is kept. "
+                f"Lower {self.job.kind}.lr (now {config.lr}), or set {self.job.kind}.clip"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(config.ema, self.step / (self.step + 10)) if config.ema else 0.0
+        own = self.model.state_dict()
+        torch._foreach_lerp_(list(self.average.values()), [own[k] for k in self.average], 1 - decay)
+        return value
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode with the averaged weights, for as long as the context lasts."""
+        own = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.load_state_dict(own)
+            self.model.train()
+
+
+def train(job: Job) -> Trainer:
+    """Train to the end, from the run's checkpoint where there is one.
+
+    Writes checkpoint.safetensors and metrics.jsonl to the run's folder. Raises Interrupted after SIGINT or
+    SIGTERM, FloatingPointError for a loss that is not finite, CheckpointError for a checkpoint of another run.
+    """
+    trainer = Trainer(job)
+    resumed = trainer.resume()
+    if job.config.precision != "auto":
+        trainer.precision = job.config.precision
+    elif trainer.step < job.steps:
+        kept = trainer.precision if resumed else None
+        trainer.precision = choose_precision(lambda p: trainer.loss(trainer.step, p), trainer.model, kept)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(job.folder / "metrics.jsonl", trainer.step)
+    trainer.model.train()
+    started = time.monotonic() - trainer.seconds
+    saved = time.monotonic()
+    running: list[float] = []
+    per_epoch = job.steps_per_epoch
+    batch = min(job.config.batch, len(job.images))
+    title = {"pretrain": "pretraining", "finetune": "fine-tuning"}[job.kind]
+    with stop_signals() as stop, track(title, job.steps * batch, done=trainer.step * batch) as bar:
+        while trainer.step < job.steps:
+            running.append(trainer.advance())
+            trainer.seconds = time.monotonic() - started
+            bar.advance(batch, f"loss {np.mean(running[-LOG_EVERY_STEPS:]):.4f}")
+            last = trainer.step == job.steps
+            if trainer.step % LOG_EVERY_STEPS == 0 or last:
+                metrics.write(trainer, loss=float(np.mean(running)))
+                running.clear()
+            if trainer.step % per_epoch == 0 or last:
+                with trainer.averaged() as model:
+                    metrics.write(trainer, **job.validate(model))
+            if last or stop.is_set() or time.monotonic() - saved > SAVE_EVERY_S:
+                trainer.save()
+                saved = time.monotonic()
+            if stop.is_set() and not last:
+                raise Interrupted(
+                    f"stopped at step {trainer.step} of {job.steps}; the same command continues"
+                )
+    return trainer
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line; a resumed run drops lines from after its checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step(line) <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, trainer: Trainer, **figures: float) -> None:
+        """Append one line."""
+        config = trainer.job.config
+        row = {
+            "step": trainer.step,
+            "epoch": round(trainer.step / trainer.job.steps_per_epoch, 3),
+            "seconds": round(trainer.seconds, 1),
+            "lr": learning_rate(config, trainer.step - 1, trainer.job.steps),
+            **figures,
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of one line; infinite for a line that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices and kernels; leave biases and norms alone."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two recipes, key by key."""
+    out = []
+    for key in sorted(saved.keys() | now.keys()):
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} was {a!r}, is {b!r}")
+    return out
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set the event, so that the loop ends after the step under way; a second one is not held."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, previous[number])
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

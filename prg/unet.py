@@ -1,0 +1,281 @@
+"""The velocity network v(x, t): a U-Net in the layout of improved-diffusion."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of one U-Net; `PRESETS` names the ones in use."""
+
+    image_size: int
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int = 3
+    """Residual blocks a level."""
+    attention: tuple[int, ...] = ()
+    """Down-sampling factors (relative to the stem's output) whose blocks are followed by self-attention."""
+    middle_attention: bool = True
+    """Middle = Res-Attn-Res if true, one residual block if false."""
+    heads: int = 4
+    groups: int = 32
+    patch: int = 1
+    """Stride of the stem. 2: a 4x4 convolution of stride 2 in, a pixel shuffle out."""
+    resample_conv: bool = True
+    """Whether up-sampling ends in a convolution (at the finer resolution, so it is a costly one)."""
+    skip_all: bool = True
+    """True (official): every encoder block is skipped to a decoder block of its own, also the stem and the
+    down-samplings, which makes the decoder the larger half. False: only the residual blocks are."""
+
+
+def light(image_size: int, channels: int, multipliers: tuple[int, ...], groups: int = 32) -> UNetConfig:
+    """A network for processors: strided stem, one block a level, no attention, the light decoder."""
+    return UNetConfig(
+        image_size,
+        channels,
+        multipliers,
+        blocks=1,
+        middle_attention=False,
+        groups=groups,
+        patch=2,
+        resample_conv=False,
+        skip_all=False,
+    )
+
+
+PRESETS: dict[str, UNetConfig] = {
+    #                      size  ch   multipliers
+    "unet32": UNetConfig(32, 128, (1, 2, 2, 2), attention=(2, 4)),
+    "unet64": UNetConfig(64, 128, (1, 2, 3, 4), attention=(4, 8)),
+    "small32": light(32, 64, (1, 2, 4)),
+    "small64": light(64, 64, (1, 2, 4, 4)),
+    "tiny16": light(16, 8, (1, 2), groups=4),
+}
+"""unet32 and unet64 are the official networks; the others are for processors. tiny16 is for trying things."""
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of t: [B] -> [B, dim], cosines first, frequencies exp(-ln(1e4) i / (dim / 2))."""
+    half = dim // 2
+    i = torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / half))[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def zero(conv: nn.Module) -> nn.Module:
+    """The same module with all parameters zero, so that its block starts as the identity."""
+    for p in conv.parameters():
+        nn.init.zeros_(p)
+    return conv
+
+
+class ResBlock(nn.Module):
+    """Residual block with scale-shift conditioning on the time embedding: [B, c_in, H, W] -> [B, c_out, H, W]."""
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out))
+        # The third place is the official network's dropout, kept as a name only: its rate was 0.
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        )
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.out_layers[0](h) * (1 + scale) + shift
+        return self.skip_connection(x) + self.out_layers[3](self.out_layers[1](h))
+
+
+class Attention(nn.Module):
+    """Self-attention over positions, heads in the legacy order (heads split before q, k, v)."""
+
+    def __init__(self, channels: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        flat = x.reshape(b, c, height * width)  # [B, C, T]
+        qkv = self.qkv(self.norm(flat)).reshape(b * self.heads, 3 * c // self.heads, height * width)
+        q, k, v = qkv.chunk(3, dim=1)  # [B * heads, C / heads, T]
+        scale = (c // self.heads) ** -0.25
+        weight = torch.softmax(torch.bmm((q * scale).transpose(1, 2), k * scale).float(), dim=-1).to(v.dtype)
+        h = torch.bmm(v, weight.transpose(1, 2)).reshape(b, c, height * width)
+        return (flat + self.proj_out(h)).reshape(b, c, height, width)
+
+
+class Stem(nn.Conv2d):
+    """The first convolution, from RGB."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then (where asked for) a convolution."""
+
+    def __init__(self, channels: int, conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.Sequential):
+    """Layers in a row, each called with the time embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb)
+        return x
+
+
+class UNet(nn.Module):
+    """Velocity network: x [B, 3, S, S] and t [B] (noise 0, data 1, unscaled) -> v [B, 3, S, S].
+
+    Its blocks are numbered in the order they run: input_blocks, middle_block, output_blocks. `activations`
+    averages the outputs of chosen blocks over space and runs no block past the last one chosen.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.channels
+        self.patch = config.patch
+        emb_dim = 4 * config.channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+        )
+
+        def level(c_in: int, c_out: int, factor: int) -> list[nn.Module]:
+            layers: list[nn.Module] = [ResBlock(c_in, c_out, emb_dim, config.groups)]
+            if factor in config.attention:
+                layers.append(Attention(c_out, config.heads, config.groups))
+            return layers
+
+        widths = [config.channels * m for m in config.multipliers]
+        width = widths[0]
+        inputs = [Block(stem(config.patch, width))]
+        pushed, skips = [config.skip_all], [width] if config.skip_all else []
+        for i, c_out in enumerate(widths):
+            for _ in range(config.blocks):
+                inputs.append(Block(*level(width, c_out, 2**i)))
+                width = c_out
+                pushed.append(True)
+                skips.append(width)
+            if i < len(widths) - 1:
+                inputs.append(Block(Downsample(width)))
+                pushed.append(config.skip_all)
+                skips += [width] if config.skip_all else []
+        self.input_blocks = nn.ModuleList(inputs)
+        self.pushed = pushed
+
+        middle: list[nn.Module] = [ResBlock(width, width, emb_dim, config.groups)]
+        if config.middle_attention:
+            middle += [
+                Attention(width, config.heads, config.groups),
+                ResBlock(width, width, emb_dim, config.groups),
+            ]
+        self.middle_block = Block(*middle)
+
+        outputs = []
+        per_level = config.blocks + int(config.skip_all)
+        for i, c_out in reversed(list(enumerate(widths))):
+            for j in range(per_level):
+                layers = level(width + skips.pop(), c_out, 2**i)
+                width = c_out
+                if i > 0 and j == per_level - 1:
+                    layers.append(Upsample(width, config.resample_conv))
+                outputs.append(Block(*layers))
+        self.output_blocks = nn.ModuleList(outputs)
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.groups, width),
+            nn.SiLU(),
+            zero(nn.Conv2d(width, 3 * config.patch**2, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, _ = self.walk(x, t, [], len(self.input_blocks) + len(self.output_blocks))
+        v = self.out(h)
+        return F.pixel_shuffle(v, self.patch) if self.patch > 1 else v
+
+    def activations(self, x: Tensor, t: Tensor, blocks: list[int]) -> Tensor:
+        """Outputs of the numbered blocks, averaged over space, in running order: [B, sum of their channels]."""
+        _, pooled = self.walk(x, t, blocks, max(blocks))
+        return torch.cat(pooled, dim=1)
+
+    def walk(self, x: Tensor, t: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks up to number `last`; returns its output and the averages of those in `taps`."""
+        emb = self.time_embed(time_embedding(t, self.channels).to(x.dtype))
+        h = x
+        number = 0
+        pooled: list[Tensor] = []
+        skips: list[Tensor] = []
+        for block in self.input_blocks:
+            if number <= last:
+                h = block(h, emb)
+                if self.pushed[number]:
+                    skips.append(h)
+                if number in taps:
+                    pooled.append(h.mean(dim=[2, 3]))
+            number += 1
+        if number <= last:
+            h = self.middle_block(h, emb)
+            if number in taps:
+                pooled.append(h.mean(dim=[2, 3]))
+        number += 1
+        for block in self.output_blocks:
+            if number <= last:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+                if number in taps:
+                    pooled.append(h.mean(dim=[2, 3]))
+            number += 1
+        return h, pooled
+
+    def block_names(self) -> list[str]:
+        """Names of the blocks in running order; a block's number is its place here."""
+        return [
+            *(f"input_blocks.{i}" for i in range(len(self.input_blocks))),
+            "middle_block",
+            *(f"output_blocks.{i}" for i in range(len(self.output_blocks))),
+        ]
+
+    def block_numbers(self, names: tuple[str, ...]) -> list[int]:
+        """Numbers of the named blocks. Raises ValueError for an unknown name or names out of running order."""
+        known = self.block_names()
+        unknown = [n for n in names if n not in known]
+        if unknown or not names:
+            raise ValueError(f"unknown layers {unknown}: this network has {', '.join(known)}")
+        numbers = [known.index(n) for n in names]
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"layers must be named once each, in running order: {', '.join(known)}")
+        return numbers
+
+
+def stem(patch: int, width: int) -> Stem:
+    """RGB to `width` channels: 3x3, or 4x4 with stride 2."""
+    return Stem(3, width, 3, padding=1) if patch == 1 else Stem(3, width, 2 * patch, patch, patch // 2)

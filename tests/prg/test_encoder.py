@@ -1,0 +1,100 @@
+"""What STATE and HIDDEN are, image by image."""
+
+import pytest
+import torch
+from networks import random_net
+
+from prg.classifier import Classifier, HeadConfig
+from prg.encoder import Encoder, EncoderConfig, pooled_state
+
+LEVELS = torch.tensor([1.0, 0.8, 0.35, 0.0])
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b| / max|b| of the worst image."""
+    return ((a - b).abs().amax(1) / b.abs().amax(1)).max().item()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_mixed_batch_equals_the_images_alone(solver: str) -> None:
+    encoder = Encoder(random_net(), EncoderConfig(solver=solver, steps=3))
+    model = Classifier(encoder, HeadConfig(5, "both")).eval()
+    with torch.inference_mode():
+        together = model(images(), LEVELS)
+        alone = [model(images()[i : i + 1], LEVELS[i : i + 1]) for i in range(4)]
+    for k, output in enumerate(together):
+        assert relative(output, torch.cat([a[k] for a in alone])) < 1e-4
+
+
+def test_state_at_1_is_the_image_and_moves_with_the_level() -> None:
+    encoder = Encoder(random_net(), EncoderConfig(steps=2))
+    x = images(1).expand(4, -1, -1, -1)
+    with torch.inference_mode():
+        state, hidden = encoder(x, LEVELS)
+    assert torch.equal(state[0], pooled_state(x[:1])[0])
+    for feature in (state, hidden):
+        assert len({tuple(row.tolist()) for row in feature}) == 4
+
+
+def test_past_the_start_the_image_stays_and_hidden_is_taken_at_the_start() -> None:
+    encoder = Encoder(random_net(), EncoderConfig(steps=2))
+    encoder.t_start = 0.9  # as on a path whose velocity is infinite at the data
+    with torch.inference_mode():
+        state, hidden = encoder(images(1), torch.tensor([0.95]))
+        expected = encoder.field.activations(images(1), torch.tensor([0.9]), encoder.blocks)
+    assert torch.equal(state, pooled_state(images(1)))
+    assert torch.equal(hidden, expected)
+
+
+def test_hidden_is_one_further_evaluation_at_the_end_point() -> None:
+    net = random_net()
+    layers = ("input_blocks.1", "middle_block", "output_blocks.1")
+    encoder = Encoder(net, EncoderConfig(steps=2, layers=layers))
+    seen = {}
+    hooks = [
+        net.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
+        for name in layers
+    ]
+    with torch.inference_mode():
+        z, t = encoder.reverse(images(), LEVELS)
+        net(z, t)
+        for hook in hooks:
+            hook.remove()
+        _, hidden = encoder(images(), LEVELS)
+    expected = torch.cat([seen[name].mean(dim=(2, 3)) for name in layers], dim=1)
+    torch.testing.assert_close(hidden, expected)
+    assert hidden.shape[1] == encoder.hidden_dim
+
+
+def test_no_block_past_the_deepest_named_one_runs() -> None:
+    net = random_net()
+    encoder = Encoder(net, EncoderConfig(steps=1))
+    ran = []
+    for name in net.block_names():
+        net.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    with torch.inference_mode():
+        encoder.field.activations(images(), LEVELS, encoder.blocks)
+    assert ran[-1] == "middle_block"
+    assert len(ran) == len(net.input_blocks) + 1
+
+
+def test_unknown_or_unordered_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown layers .*middle.* this network has input_blocks.0"):
+        Encoder(random_net(), EncoderConfig(layers=("middle",)))
+    with pytest.raises(ValueError, match="in running order"):
+        Encoder(random_net(), EncoderConfig(layers=("middle_block", "input_blocks.0")))
+
+
+def test_nfe_counts_every_evaluation() -> None:
+    net = random_net()
+    config = EncoderConfig(solver="rk4", steps=3)
+    encoder = Encoder(net, config)
+    calls = []
+    net.time_embed.register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        encoder(images(), LEVELS)
+    assert len(calls) == config.nfe == 13

@@ -1,0 +1,110 @@
+"""Order, gradient and memory of the reverse solve."""
+
+import math
+
+import pytest
+import torch
+from networks import random_net
+from torch import Tensor
+
+from prg.paths import VelocityField
+from prg.solver import TABLEAUS, integrate
+
+
+def spiral(x: Tensor, t: Tensor) -> Tensor:
+    """A velocity that is nonlinear in x and depends on t, one time an image."""
+    return torch.sin(x.flip(1)) + x * torch.cos(3 * t)[:, None]
+
+
+@pytest.mark.parametrize("method", TABLEAUS)
+def test_error_falls_with_the_order(method: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, dtype=torch.float64)
+    steps = [8, 16, 32, 64]
+    # Times in double precision too, or rk4 would meet float32's floor.
+    start, end = (torch.full((5,), t, dtype=torch.float64) for t in (1.0, 0.1))
+    from prg.solver import Solver
+
+    exact = Solver(spiral, "rk4", 2000)(x, start, end)
+    errors = [(Solver(spiral, method, n)(x, start, end) - exact).norm().item() for n in steps]
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert slopes[-1] == pytest.approx(TABLEAUS[method].order, abs=0.15)
+
+
+@pytest.mark.parametrize("method", TABLEAUS)
+def test_a_linear_flow_is_solved_to_its_formula(method: str) -> None:
+    a, b = TABLEAUS[method].order, 0.37
+    x = torch.ones(1, 1)
+    got = integrate(lambda x, t: b * x, x, 1.0, 0.0, 1, method).item()
+    taylor = sum((-b) ** k / math.factorial(k) for k in range(a + 1))
+    assert got == pytest.approx(taylor, rel=1e-6)  # one step of order p reproduces p terms of exp(-b)
+
+
+@pytest.mark.parametrize("method", TABLEAUS)
+def test_gradient_is_that_of_the_unrolled_solve(method: str) -> None:
+    field = VelocityField(random_net()).double()
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    t_end = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
+
+    def unrolled(x: Tensor) -> Tensor:
+        table, n = TABLEAUS[method], 3
+        for k in range(n):
+            h = (t_end - 1) / n
+            t, size = 1 + k * h, h[:, None, None, None]
+            slopes: list[Tensor] = []
+            for row, c in zip(table.a, table.c, strict=True):
+                at = x + sum((size * w * s for w, s in zip(row, slopes, strict=True)), torch.zeros(()))
+                slopes.append(field(at, t + c * h))
+            x = x + sum((size * w * s for w, s in zip(table.b, slopes, strict=True)), torch.zeros(()))
+        return x
+
+    def solved(x: Tensor, save_memory: bool) -> Tensor:
+        from prg.solver import Solver
+
+        return Solver(field, method, 3, save_memory)(x, torch.ones(3, dtype=torch.float64), t_end)
+
+    weights = torch.randn_like(x)
+    gradients = []
+    for solve in (unrolled, lambda x: solved(x, True), lambda x: solved(x, False)):
+        field.zero_grad()
+        start = x.clone().requires_grad_()
+        (solve(start) * weights).sum().backward()
+        gradients.append([start.grad, *(p.grad.clone() for p in field.parameters())])
+    for mine in gradients[1:]:
+        for a, b in zip(mine, gradients[0], strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def saved_bytes(steps: int) -> int:
+    """Bytes of distinct storages that autograd keeps for one solve."""
+    field = VelocityField(random_net("small32"))
+    x = torch.randn(4, 3, 32, 32, requires_grad=True)
+    own = {p.untyped_storage().data_ptr() for p in field.parameters()}
+    kept: dict[int, int] = {}
+    holders = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        holders.append(tensor)  # keeps every address in use, so that none is counted for another's
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = integrate(field, x, 1.0, 0.0, steps)
+        total = sum(kept.values())
+    out.sum().backward()
+    return total
+
+
+def test_memory_grows_by_the_states_alone() -> None:
+    at_8, at_32 = saved_bytes(8), saved_bytes(32)
+    state = 4 * 3 * 32 * 32 * 4
+    assert at_32 - at_8 <= 24 * state + 0.1 * at_8
+
+
+def test_unusable_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown solver 'rk5': choose one of euler"):
+        integrate(spiral, torch.zeros(1, 2), 1.0, 0.0, 1, "rk5")
+    with pytest.raises(ValueError, match="at least one step"):
+        integrate(spiral, torch.zeros(1, 2), 1.0, 0.0, 0)
