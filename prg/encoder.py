@@ -73,7 +73,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, t_end: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 3, S, S] normalised, t_end [B] -> STATE [B, 768], HIDDEN [B, D_h]."""
         z, t = self.reverse(x, t_end)
-        return pooled_state(z), self.solver.velocity.activations(z, t, self.blocks)
+        return pooled_state(z), self.solver.velocity.activations(z, t, self.blocks)  # type: ignore[attr-defined]
 
     def reverse(self, x: Tensor, t_end: Tensor) -> tuple[Tensor, Tensor]:
         """The full state at t_end, [B, 3, S, S], and the time reached, [B]: t_end, but at most t_start."""
@@ -84,4 +84,4 @@ class Encoder(nn.Module):
 
 def pooled_state(z: Tensor, side: int = STATE_SIDE) -> Tensor:
     """[B, 3, S, S] -> [B, 3 * side^2]."""
-    return F.adaptive_avg_pool2d(z, [side, side]).flatten(1)
+    return F.adaptive_avg_pool2d(z, (side, side)).flatten(1)

@@ -187,7 +187,7 @@ def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # here: the training core does without it
 
     for kind in (Recipe, Data, Image, Pretrain, Finetune, Serve, EncoderConfig):
-        kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+        kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
     except ValidationError as error:

@@ -85,7 +85,7 @@ class Solver(nn.Module):
 
     def evaluate(self, x: Tensor, t: Tensor) -> Tensor:
         """The velocity at one point."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.velocity(x, t)
         if self.save_memory and torch.is_grad_enabled():
             return self._checkpointed(x, t)

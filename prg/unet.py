@@ -119,7 +119,7 @@ class Attention(nn.Module):
 class Stem(nn.Conv2d):
     """The first convolution, from RGB."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         return self._conv_forward(x, self.weight, self.bias)
 
 
@@ -148,7 +148,7 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """Layers in a row, each called with the time embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x, emb)
         return x
@@ -159,6 +159,8 @@ class UNet(nn.Module):
 
     Its blocks are numbered in the order they run: input_blocks, middle_block, output_blocks. `activations`
     averages the outputs of chosen blocks over space and runs no block past the last one chosen.
+
+    It computes in the precision of its weights and answers in float32.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -220,7 +222,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h, _ = self.walk(x, t, [], len(self.input_blocks) + len(self.output_blocks))
-        v = self.out(h)
+        v = self.out(h).float()
         return F.pixel_shuffle(v, self.patch) if self.patch > 1 else v
 
     def activations(self, x: Tensor, t: Tensor, blocks: list[int]) -> Tensor:
@@ -230,8 +232,9 @@ class UNet(nn.Module):
 
     def walk(self, x: Tensor, t: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
         """Run the blocks up to number `last`; returns its output and the averages of those in `taps`."""
-        emb = self.time_embed(time_embedding(t, self.channels).to(x.dtype))
-        h = x
+        precision = self.out[2].weight.dtype
+        emb = self.time_embed(time_embedding(t, self.channels).to(precision))  # type: ignore[arg-type]
+        h = x.to(precision)  # type: ignore[arg-type]
         number = 0
         pooled: list[Tensor] = []
         skips: list[Tensor] = []
@@ -241,18 +244,18 @@ class UNet(nn.Module):
                 if self.pushed[number]:
                     skips.append(h)
                 if number in taps:
-                    pooled.append(h.mean(dim=[2, 3]))
+                    pooled.append(h.float().mean(dim=[2, 3]))
             number += 1
         if number <= last:
             h = self.middle_block(h, emb)
             if number in taps:
-                pooled.append(h.mean(dim=[2, 3]))
+                pooled.append(h.float().mean(dim=[2, 3]))
         number += 1
         for block in self.output_blocks:
             if number <= last:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
                 if number in taps:
-                    pooled.append(h.mean(dim=[2, 3]))
+                    pooled.append(h.float().mean(dim=[2, 3]))
             number += 1
         return h, pooled
 

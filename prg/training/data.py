@@ -90,6 +90,22 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Images, Images]:
     return images.subset(np.sort(order[held:])), images.subset(np.sort(order[:held]))
 
 
+def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images:
+    """The images with their labels numbered as in training.
+
+    Raises DataError for images without labels, or of a class that training never saw.
+    """
+    if images.labels is None:
+        raise DataError(f"{where}: no labels")
+    if len(images.classes) == len(trained) and not set(images.classes) & set(trained):
+        return Images(images.pixels, images.labels, trained)  # the same classes under the names served
+    unknown = [c for c in images.classes if c not in trained]
+    if unknown:
+        raise DataError(f"{where}: classes that training never saw: {', '.join(unknown)}")
+    number = np.array([trained.index(c) for c in images.classes])
+    return Images(images.pixels, number[images.labels], trained)
+
+
 def _decode(source: Source, spec: ImageSpec, pixels_path: Path, labels_path: Path) -> None:
     def one(row: tuple[str, bytes, int]) -> tuple[np.ndarray | ImageError, str, int]:
         try:

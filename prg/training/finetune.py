@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,15 @@ def build_classifier(recipe: Recipe, classes: int) -> Classifier:
     return Classifier(encoder, recipe.head(classes))
 
 
-def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, object]:
+def load_finetuned(run: Run) -> tuple[Classifier, dict[str, Any]]:
+    """The run's fine-tuned classifier (averaged weights) and the facts of its checkpoint."""
+    saved = load_checkpoint(run.finetuned, "finetune")
+    model = build_classifier(run.recipe, len(saved.facts["classes"]))
+    load_strictly(model, saved.part("average"), run.finetuned)
+    return model, saved.facts
+
+
+def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
     """The averaged pretrained weights into `net`; returns where they came from, for the record."""
     saved = load_checkpoint(init, "pretrain")
     table, then = recipe_table(recipe), saved.facts["settings"]
@@ -83,7 +92,7 @@ def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, object]:
             file=sys.stderr,
         )
     load_strictly(net, saved.part("average"), init)
-    return {k: saved.facts[k] for k in ("step", "steps", "seconds", "precision", "settings")}
+    return {k: saved.facts[k] for k in ("step", "steps", "seconds", "precision", "device", "settings")}
 
 
 def finetuning_loss(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import signal
 import threading
 import time
@@ -163,6 +164,7 @@ class Trainer:
             "precision": self.precision,
             "seconds": round(self.seconds, 1),
             "torch": torch.__version__,
+            "device": device_name(self.job.device),
             **self.job.facts,
         }
         save_checkpoint(self.job.checkpoint, Checkpoint(tensors, facts))
@@ -291,6 +293,17 @@ def _step(line: str) -> float:
         return math.inf
 
 
+def device_name(device: torch.device) -> str:
+    """The processor's or the GPU's name, and how many threads compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    extensions = [f for f in ("amx_tile", "avx512f", "avx2") if f in facts.get("flags", "").split()][:1]
+    return ", ".join([name, *extensions, f"{torch.get_num_threads()} threads"])
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay matrices and kernels; leave biases and norms alone."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -322,7 +335,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def handle(number: int, _: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -6,14 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from entry.config import ImageSpec
 from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table
-from prg.training.data import DataError, Images, hold_out, load_split, splits
-
-TEST_SPLITS = ("test", "validation")
+from prg.training.data import DataError, Images, Source, hold_out, load_split, splits
 
 
 @dataclass(frozen=True)
@@ -61,19 +58,15 @@ class Run:
         images = load_split(found[data.train], self.image_spec, self.folder / "data")
         return hold_out(self._named(images), data.validation, self.recipe.seed)
 
-    def test_images(self) -> tuple[str, Images]:
-        """(name of the split, images) to be judged by: the test split, or else what was held back."""
+    def test_images(self, wanted: str | None = None) -> tuple[str, Images]:
+        """(name, images) to be judged by: `wanted`, else the recipe's test split, else the images held back."""
         data = self.recipe.data
         found = splits(data.source)
-        names = (data.test,) if data.test else TEST_SPLITS
-        split = next((n for n in names if n in found), None)
-        if split is None and data.test:
-            raise DataError(f"{data.source}: no split {data.test!r} (there are: {', '.join(found)})")
+        split = choose_split(found, wanted or data.test, data.source)
         if split is None:
-            return "held-out", self.training_images()[1]
-        images = self._named(load_split(found[split], self.image_spec, self.folder / "data"))
-        trained = self._named(load_split(found[data.train], self.image_spec, self.folder / "data"))
-        return split, _same_classes(images, trained.classes, f"{data.source}, split {split}")
+            return f"{Path(data.source).name}/held-out", self.training_images()[1]
+        images = load_split(found[split], self.image_spec, self.folder / "data")
+        return f"{Path(data.source).name}/{split}", images
 
     def _named(self, images: Images) -> Images:
         """The images under the class names that the recipe gives, if it does."""
@@ -87,15 +80,11 @@ class Run:
         return replace(images, classes=labels)
 
 
-def _same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images:
-    """The images with their labels numbered as in training. Raises DataError for a class training never saw."""
-    unknown = [c for c in images.classes if c not in trained]
-    if unknown:
-        raise DataError(f"{where}: classes that training never saw: {', '.join(unknown)}")
-    if images.labels is None:
-        return images
-    number = np.array([trained.index(c) for c in images.classes])
-    return Images(images.pixels, number[images.labels], trained)
+def choose_split(found: dict[str, Source], wanted: str, source: str) -> str | None:
+    """The split to judge by: `wanted` if named, else test, else validation, else None. Raises DataError."""
+    if wanted and wanted not in found:
+        raise DataError(f"{source}: no split {wanted!r} (there are: {', '.join(found)})")
+    return wanted or next((s for s in ("test", "validation") if s in found), None)
 
 
 def open_run(folder: Path, recipe: Recipe | None) -> Run:

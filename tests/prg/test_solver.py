@@ -1,6 +1,7 @@
 """Order, gradient and memory of the reverse solve."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_error_falls_with_the_order(method: str) -> None:
 
     exact = Solver(spiral, "rk4", 2000)(x, start, end)
     errors = [(Solver(spiral, method, n)(x, start, end) - exact).norm().item() for n in steps]
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes[-1] == pytest.approx(TABLEAUS[method].order, abs=0.15)
 
 

@@ -1,0 +1,327 @@
+"""An entry's config.pbtxt and its "prg" parameter: read, checked, written.
+
+Triton and the embedded engine read the very same file, both through Triton's ModelConfig message.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from google.protobuf import text_format
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
+
+MAX_BATCH_SIZE = 64
+PLATFORM = "pytorch_libtorch"
+QUEUE_TIMEOUT_US = 60_000_000
+QUEUE_SIZE = 256
+WARM_UP_BATCHES = (1, 8, 32, 64)
+"""The second call of each new batch shape is slow under TorchScript; these are made before the first user."""
+WARM_UP_CALLS = 3
+REMEDY = "write the entry again with `prg export`"
+
+Level = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class EntryError(ValueError):
+    """An entry that can't be used; the message names the file, the key and what to do."""
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ImageSpec(_Facts):
+    """How an image becomes the network's input; mean and std are those it was pretrained with."""
+
+    size: Count
+    resize: Count
+    preprocessing: Literal["v1"]
+    mean: tuple[float, float, float]
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "ImageSpec":
+        if self.resize < self.size:
+            raise ValueError(f"resize = {self.resize} is below size = {self.size}, which is cropped from it")
+        return self
+
+
+class StateFeature(_Facts):
+    """The ODE state at t_end."""
+
+    dim: Count
+
+
+class HiddenFeature(_Facts):
+    """Activations at t_end; the layers by their names in the official layout, in running order."""
+
+    dim: Count
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class Features(_Facts):
+    """Both features that /embed can answer with."""
+
+    state: StateFeature
+    hidden: HiddenFeature
+
+
+class Tolerance(_Facts):
+    """How far another engine or device may be off: least cosine, largest relative difference."""
+
+    cosine: float
+    relative: float
+
+
+class Accuracy(_Facts):
+    """What `prg evaluate` measured of the exported module itself; shares in [0, 1]."""
+
+    data: str
+    images: Count
+    top1: Share
+    top5: Share
+
+
+class Version(_Facts):
+    """One version: the digest of its model.pt, how it was trained, how good it is."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    training: dict[str, Any]
+    accuracy: tuple[Accuracy, ...]
+
+
+class Prg(_Facts):
+    """The JSON of the "prg" parameter: all that Triton's own configuration has no word for."""
+
+    format: Literal[1]
+    path: str
+    solver: str
+    steps: Count
+    nfe: Count
+    image: ImageSpec
+    t_end: Level
+    feature: Literal["state", "hidden"]
+    features: Features
+    classify_t_end: Annotated[tuple[Level, ...], Field(min_length=1)] | None = None
+    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    precision: Literal["fp32", "bf16", "fp16"]
+    tolerance: Tolerance
+    versions: Annotated[dict[str, Version], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Prg":
+        if (self.labels is None) != (self.classify_t_end is None):
+            raise ValueError("labels and classify_t_end go together: both with a head, neither without")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: the same name is there twice")
+        for version in self.versions:
+            if not version.isdecimal() or version != str(int(version)) or int(version) < 1:
+                raise ValueError(f"versions: {version!r} is no version, they are numbered from 1")
+        return self
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a repository, by its name."""
+
+    name: str
+    prg: Prg
+
+    @property
+    def has_head(self) -> bool:
+        """Whether /classify works on it."""
+        return self.prg.labels is not None
+
+    @cached_property
+    def default_version(self) -> str:
+        """The highest version."""
+        return max(self.prg.versions, key=int)
+
+    def fingerprint(self, version: str) -> str:
+        """First 12 hex digits of the version's digest: equal where vectors may be compared."""
+        return self.prg.versions[version].sha256[:12]
+
+    def outputs(self) -> dict[str, int]:
+        """Output names in the module's order, with their lengths."""
+        dims = {"STATE": self.prg.features.state.dim, "HIDDEN": self.prg.features.hidden.dim}
+        return dims | ({"LOGITS": len(self.prg.labels)} if self.prg.labels is not None else {})
+
+
+def parse_prg(text: str, where: str) -> Prg:
+    """The parameter from its JSON; `where` names the file in errors. Raises EntryError."""
+    try:
+        table = json.loads(text, parse_constant=_no_constant)
+        for key in ("labels", "classify_t_end"):
+            if isinstance(table, dict) and key in table and table[key] is None:
+                raise EntryError(f"{where}: prg.{key} is null; leave it out where there is no head")
+        return Prg.model_validate_json(text)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(['prg', *(str(k) for k in e['loc'])])}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise EntryError(f"{where}: {'; '.join(lines)}; {REMEDY}") from None
+    except EntryError:
+        raise
+    except ValueError as error:
+        raise EntryError(f'{where}: the "prg" parameter is not valid JSON ({error}); {REMEDY}') from None
+
+
+def prg_json(prg: Prg) -> str:
+    """The parameter as JSON, with exactly the keys of the format."""
+    return prg.model_dump_json(exclude_none=True)
+
+
+def entry_from_config(config: ModelConfig, where: str) -> Entry:
+    """An entry from Triton's message, which is what its model-config call gives out.
+
+    Checks everything both engines rely on. Raises EntryError naming `where` and the field.
+    """
+    if "prg" not in config.parameters:
+        raise EntryError(f'{where}: no parameter "prg", so this is no entry of ours; {REMEDY}')
+    prg = parse_prg(config.parameters["prg"].string_value, where)
+    entry = Entry(config.name, prg)
+    wanted = to_config(entry)
+    for field in ("platform", "max_batch_size"):
+        _same(getattr(config, field), getattr(wanted, field), where, field)
+    for field in ("input", "output"):
+        found = {t.name: t for t in getattr(config, field)}
+        expected = {t.name: t for t in getattr(wanted, field)}
+        _same(list(found), list(expected), where, f"{field} names")
+        for name, tensor in expected.items():
+            _same(_type(found[name]), _type(tensor), where, f"{field} {name}: data_type")
+            _same(list(found[name].dims), list(tensor.dims), where, f"{field} {name}: dims")
+    return entry
+
+
+def to_config(entry: Entry) -> ModelConfig:
+    """Triton's configuration of an entry."""
+    config = ModelConfig(name=entry.name, platform=PLATFORM, max_batch_size=MAX_BATCH_SIZE)
+    size = entry.prg.image.size
+    config.input.add(name="IMAGE", data_type="TYPE_UINT8", dims=[3, size, size])
+    config.input.add(name="T_END", data_type="TYPE_FP32", dims=[1])
+    for name, dim in entry.outputs().items():
+        config.output.add(name=name, data_type="TYPE_FP32", dims=[dim])
+    config.version_policy.all.SetInParent()
+    batching = config.dynamic_batching
+    batching.priority_levels, batching.default_priority_level = 2, 1
+    policy = batching.default_queue_policy
+    policy.timeout_action = ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = QUEUE_TIMEOUT_US
+    policy.allow_timeout_override = True
+    policy.max_queue_size = QUEUE_SIZE
+    for batch in WARM_UP_BATCHES:
+        warm = config.model_warmup.add(name=f"batch of {batch}", batch_size=batch, count=WARM_UP_CALLS)
+        for tensor in config.input:
+            sample = warm.inputs[tensor.name]
+            sample.data_type = tensor.data_type
+            sample.dims.extend(tensor.dims)
+            if tensor.name == "IMAGE":
+                sample.random_data = True
+            else:
+                sample.zero_data = True
+    config.parameters["prg"].string_value = prg_json(entry.prg)
+    return config
+
+
+def read_entry(directory: Path) -> Entry:
+    """The entry in `directory`, its version folders checked against its parameter. Raises EntryError."""
+    path = directory / "config.pbtxt"
+    try:
+        config = text_format.Parse(path.read_text("utf-8"), ModelConfig())
+    except OSError as error:
+        raise EntryError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise EntryError(f"{path}: not UTF-8 text; {REMEDY}") from None
+    except text_format.ParseError as error:
+        raise EntryError(f"{path}: not a Triton model configuration ({error}); {REMEDY}") from None
+    entry = entry_from_config(config, str(path))
+    _same(entry.name, directory.name, str(path), "name (it must be its folder's)")
+    folders = {p.parent.name for p in directory.glob("*/model.pt") if p.parent.name.isdecimal()}
+    missing = sorted(entry.prg.versions.keys() - folders)
+    if missing:
+        raise EntryError(
+            f"{directory / missing[0] / 'model.pt'}: missing, but prg.versions lists it; {REMEDY}"
+        )
+    unknown = sorted(folders - entry.prg.versions.keys())
+    if unknown:
+        raise EntryError(f"{path}: prg.versions has no {unknown[0]!r}, but that folder exists; {REMEDY}")
+    return entry
+
+
+def write_entry(directory: Path, entry: Entry) -> None:
+    """Write config.pbtxt atomically; `read_entry` gives the entry back."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = "# Written by `prg export`. Triton and the embedded engine both read this file.\n"
+    text += text_format.MessageToString(to_config(entry), as_utf8=True)
+    write_atomically(directory / "config.pbtxt", text.encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file; whatever interrupts this, `path` holds the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_weights(directory: Path, entry: Entry, version: str) -> Path:
+    """The path of a version's model.pt, its sha256 checked. Raises EntryError where they differ."""
+    path = directory / version / "model.pt"
+    try:
+        digest = sha256(path)
+    except OSError as error:
+        raise EntryError(f"{path}: {error.strerror}") from None
+    listed = entry.prg.versions[version].sha256
+    if digest != listed:
+        raise EntryError(
+            f"{path}: its sha256 is {digest}, but prg.versions.{version}.sha256 is {listed}; "
+            f"the file is damaged or was replaced: restore it, or {REMEDY}"
+        )
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_entries(repository: Path) -> dict[str, Entry | EntryError]:
+    """Every sub-folder with a config.pbtxt, by name; one that can't be used hides no other."""
+    found: dict[str, Entry | EntryError] = {}
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        try:
+            found[path.parent.name] = read_entry(path.parent)
+        except EntryError as error:
+            found[path.parent.name] = error
+    return found
+
+
+def _same(found: object, expected: object, where: str, field: str) -> None:
+    if found != expected:
+        raise EntryError(f"{where}: {field} is {found!r}, must be {expected!r}; {REMEDY}")
+
+
+def _type(tensor: Any) -> str:
+    name: str = (
+        type(tensor).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name
+    )
+    return name
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")

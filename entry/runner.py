@@ -1,0 +1,72 @@
+"""Run an entry's model.pt in this process; the package's only importer of torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from entry.config import EntryError, check_weights, read_entry
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What an entry answers for a batch: float32 arrays, a row an image; logits None without a head."""
+
+    state: np.ndarray  # [B, D_s]
+    hidden: np.ndarray  # [B, D_h]
+    logits: np.ndarray | None  # [B, K]
+
+
+class Runner:
+    """One version of an entry, loaded and checked.
+
+    Raises EntryError where the entry is not usable, its digest differs, or the module does not answer with
+    the tensors that its configuration promises.
+    """
+
+    def __init__(self, directory: Path, version: str | None = None, device: str = "cpu") -> None:
+        self.entry = read_entry(directory)
+        self.version = version or self.entry.default_version
+        if self.version not in self.entry.prg.versions:
+            raise EntryError(
+                f"{directory}: no version {self.version!r} (there are: {', '.join(self.entry.prg.versions)})"
+            )
+        self.device = torch.device(device)
+        path = check_weights(directory, self.entry, self.version)
+        try:
+            self._module = torch.jit.load(str(path), map_location=self.device).eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EntryError(f"{path}: TorchScript can't load it ({str(error).splitlines()[0]})") from None
+        self._check(path)
+
+    def run(self, images: np.ndarray, t_end: np.ndarray) -> Outputs:
+        """images uint8 [B, 3, S, S] and t_end float32 [B] -> Outputs. Raises ValueError on other shapes."""
+        size = self.entry.prg.image.size
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images are {images.dtype} {images.shape}, must be uint8 [B, 3, {size}, {size}]"
+            )
+        if t_end.dtype != np.float32 or t_end.shape != images.shape[:1]:
+            raise ValueError(f"t_end is {t_end.dtype} {t_end.shape}, must be float32 [{len(images)}]")
+        arrays = [tensor.float().cpu().numpy() for tensor in self._call(images, t_end)]
+        return Outputs(arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None)
+
+    def _call(self, images: np.ndarray, t_end: np.ndarray) -> tuple[torch.Tensor, ...]:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+            levels = torch.from_numpy(np.ascontiguousarray(t_end)).to(self.device)[:, None]
+            outputs: tuple[torch.Tensor, ...] = self._module(pixels, levels)
+        return outputs
+
+    def _check(self, path: Path) -> None:
+        """One image through the module, its answers held against the configuration."""
+        size = self.entry.prg.image.size
+        try:
+            outputs = self._call(np.zeros((1, 3, size, size), np.uint8), np.ones(1, np.float32))
+            found = [list(tensor.shape) for tensor in outputs]
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise EntryError(f"{path}: it does not run ({str(error).strip().splitlines()[-1]})") from None
+        promised = [[1, dim] for dim in self.entry.outputs().values()]
+        if found != promised:
+            raise EntryError(f"{path}: it answers with shapes {found}, its config.pbtxt promises {promised}")

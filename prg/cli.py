@@ -1,0 +1,234 @@
+"""The offline scripts: prg pretrain | finetune | evaluate | export."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from entry.config import EntryError, read_entry
+from prg.checkpoint import CheckpointError
+from prg.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+
+EXAMPLE = """
+a whole run, on your own images (one sub-folder a class):
+  prg pretrain runs/mine --recipe images-64 --data photos/
+  prg finetune runs/mine
+  prg evaluate runs/mine
+  prg export   runs/mine model_repository/mine
+  prg-serve
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 for an error that was explained, 130 after an interruption."""
+    arguments = _parser().parse_args(argv)
+    from prg.export import ExportError
+    from prg.training.data import DataError
+    from prg.training.loop import Interrupted
+
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except (RecipeError, CheckpointError, DataError, EntryError, ExportError, FloatingPointError) as error:
+        print(f"prg: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"prg: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"prg: {error}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prg",
+        description="Pretrain, fine-tune, evaluate and export reversed generative flows.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for name, command, text in (
+        ("pretrain", _pretrain, "train a velocity network on images without labels"),
+        ("finetune", _finetune, "train encoder and head together, through the reverse ODE"),
+    ):
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.add_argument("run", type=Path, help="folder of the run; the same command again continues it")
+        sub.add_argument(
+            "--recipe",
+            help=f"a .toml file or one of {', '.join(shipped_recipes())}; by default the run's own",
+        )
+        sub.add_argument("--data", help="images: a folder, parquet files, or a dataset's name on the hub")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a key of the recipe, such as finetune.epochs=3; may be repeated",
+        )
+        sub.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved recipe, the network's size and the hours it will take here, and stop",
+        )
+        if name == "finetune":
+            sub.add_argument(
+                "--init", type=Path, help="pretraining checkpoint to begin from; by default the run's own"
+            )
+        sub.set_defaults(command=command)
+
+    sub = commands.add_parser(
+        "evaluate",
+        help="measure top-1 and top-5",
+        description="Classify a test split with the exported module itself, on the preprocessing that is served.",
+    )
+    sub.add_argument("target", type=Path, help="a run folder, or an entry of a model repository")
+    sub.add_argument("--data", help="images with labels; by default those of the run")
+    sub.add_argument("--split", help="by default test, else validation, else (of a run) the images held back")
+    sub.add_argument("--model-version", help="of an entry; by default the highest")
+    sub.add_argument("--write", action="store_true", help="write the figures into the entry")
+    sub.set_defaults(command=_evaluate)
+
+    sub = commands.add_parser(
+        "export",
+        help="write a model repository entry",
+        description="Write the run's model as a new version of an entry that Triton or prg-serve loads.",
+    )
+    sub.add_argument("run", type=Path, help="folder of the run")
+    sub.add_argument("entry", type=Path, help="folder of the entry, such as model_repository/mine")
+    sub.add_argument(
+        "--stage",
+        choices=("finetune", "pretrain"),
+        default="finetune",
+        help="pretrain: an entry without head, for /embed alone (default: finetune)",
+    )
+    sub.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    sub.add_argument(
+        "--compact",
+        action="store_true",
+        help="round the weights to half precision and compress the file, to about half its bytes",
+    )
+    sub.set_defaults(command=_export)
+    return parser
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe | None:
+    """The recipe that the flags describe, None if they leave it to the run."""
+    overrides = list(arguments.set)
+    if arguments.data:
+        overrides.append(f"data.source={json.dumps(_source(arguments.data))}")
+    own = arguments.run / "recipe.json"
+    if arguments.recipe is None and not overrides:
+        return None
+    if arguments.recipe is None and not own.is_file():
+        raise RecipeError(f"{own}: no run here yet; begin one with --recipe")
+    return load_recipe(arguments.recipe or str(own), overrides)
+
+
+def _source(data: str) -> str:
+    """A folder as an absolute path, so that the run finds it from anywhere; a hub name as it is."""
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from prg.training.pretrain import pretrain
+    from prg.training.run import open_run
+
+    if arguments.dry_run:
+        _dry_run(arguments, "pretrain")
+        return
+    run = open_run(arguments.run, _recipe(arguments))
+    pretrain(run)
+    print(f"pretrained: {run.pretrained}\nnext: prg finetune {arguments.run}")
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from prg.training.finetune import finetune
+    from prg.training.run import open_run
+
+    if arguments.dry_run:
+        _dry_run(arguments, "finetune")
+        return
+    run = open_run(arguments.run, _recipe(arguments))
+    finetune(run, arguments.init)
+    print(f"fine-tuned: {run.finetuned}\nnext: prg evaluate {arguments.run}")
+
+
+def _dry_run(arguments: argparse.Namespace, stage: str) -> None:
+    from prg.training.dry_run import describe
+
+    recipe = _recipe(arguments) or load_recipe(str(arguments.run / "recipe.json"))
+    print(describe(recipe, stage))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from prg.training.data import load_split, splits
+    from prg.training.evaluate import evaluate, record
+    from prg.training.publish import publish
+    from prg.training.run import choose_split, open_run
+
+    target: Path = arguments.target
+    with tempfile.TemporaryDirectory() as temporary:
+        if (target / "recipe.json").is_file():
+            if arguments.write:
+                raise EntryError(f"{target}: is a run; --write needs an entry, so export it first")
+            recipe = load_recipe(str(target / "recipe.json"), _data_override(arguments.data))
+            run = open_run(target, None if not arguments.data else recipe)
+            entry = Path(temporary) / "run"
+            publish(run, "finetune", entry, "fp32", compact=False)
+            name, images = run.test_images(arguments.split)
+        else:
+            entry = target
+            spec = read_entry(entry).prg.image
+            if not arguments.data:
+                raise EntryError(f"{target}: say with --data which images to evaluate it on")
+            source = _source(arguments.data)
+            found = splits(source)
+            split = choose_split(found, arguments.split or "", source)
+            if split is None:
+                raise EntryError(f"{source}: no split test or validation; name one with --split")
+            name = f"{Path(source).name}/{split}"
+            images = load_split(found[split], spec, Path(temporary))
+        result = evaluate(entry, images, name, arguments.model_version)
+    if arguments.write:
+        record(target, result)
+    _print(result.accuracy.model_dump(), result.entry.prg.labels or (), result.confusion.tolist())
+
+
+def _data_override(data: str | None) -> list[str]:
+    return [f"data.source={json.dumps(_source(data))}"] if data else []
+
+
+def _print(accuracy: dict[str, object], labels: tuple[str, ...], confusion: list[list[int]]) -> None:
+    """Per-class accuracy for a person, then one JSON line for a program."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{accuracy['data']}: {accuracy['images']} images")
+    for column in ("class", "images", "right", "most often taken for"):
+        table.add_column(column, justify="left" if column[0] in "cm" else "right")
+    for i, label in enumerate(labels):
+        row = confusion[i]
+        wrong = max((n, labels[j]) for j, n in enumerate(row) if j != i) if len(labels) > 1 else (0, "")
+        taken = f"{wrong[1]} ({wrong[0]})" if wrong[0] else ""
+        table.add_row(label, str(sum(row)), f"{row[i] / max(1, sum(row)):.1%}", taken)
+    Console(stderr=True).print(table)
+    print(json.dumps(accuracy))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from prg.training.publish import publish
+    from prg.training.run import open_run
+
+    run = open_run(arguments.run, None)
+    version = publish(run, arguments.stage, arguments.entry, arguments.precision, arguments.compact)
+    path = arguments.entry / version / "model.pt"
+    print(f"exported: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

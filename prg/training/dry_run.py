@@ -1,0 +1,93 @@
+"""What a run would do: the resolved recipe, the network's size, and the hours it takes on this machine."""
+
+import json
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prg.encoder import Encoder
+from prg.recipe import Recipe, recipe_table
+from prg.training.finetune import build_classifier, finetuning_loss
+from prg.training.loop import device_name, step_generator
+from prg.training.pretrain import pretraining_loss
+from prg.training.run import choose_device
+from prg.unet import UNet
+
+PROBE_CLASSES = 10
+"""The head's size hardly matters for the time; the data's own number of classes is not known beforehand."""
+
+
+def describe(recipe: Recipe, stage: str) -> str:
+    """The whole recipe as JSON, then parameters, FLOPs an image, and the time that `stage` takes here."""
+    net = UNet(recipe.unet)
+    encoder = Encoder(net, recipe.encoder)
+    once, whole = flops(recipe, encoder)
+    device = choose_device()
+    lines = [
+        json.dumps(recipe_table(recipe), indent=2),
+        "",
+        f"network {recipe.network}: {sum(p.numel() for p in net.parameters()):,} parameters, "
+        f"{once / 1e9:.3f} GFLOP an evaluation",
+        f"extraction: {recipe.encoder.nfe} evaluations, {whole / 1e9:.3f} GFLOP an image",
+        f"device: {device_name(device)}",
+    ]
+    rate = images_per_second(recipe, stage, device)
+    config = recipe.pretrain if stage == "pretrain" else recipe.finetune
+    count = training_count(recipe)
+    if count is None:
+        lines.append(f"{stage}: {rate:.0f} images/s; name the images with --data to know the hours")
+    else:
+        hours = count * config.epochs / rate / 3600
+        lines.append(
+            f"{stage}: {count:,} images x {config.epochs:g} epochs at {rate:.0f} images/s: {hours:.2f} hours"
+        )
+    return "\n".join(lines)
+
+
+def flops(recipe: Recipe, encoder: Encoder) -> tuple[int, int]:
+    """FLOPs (a multiply-add counts two) of one network evaluation, and of the extraction of one image."""
+    x = torch.zeros(1, 3, recipe.image.size, recipe.image.size)
+    with torch.no_grad(), FlopCounterMode(display=False) as once:
+        encoder.field(x, torch.ones(1))
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        encoder(x, torch.zeros(1))
+    return once.get_total_flops(), whole.get_total_flops()
+
+
+def images_per_second(recipe: Recipe, stage: str, device: torch.device, steps: int = 3) -> float:
+    """Training speed of a stage in fp32, from a few steps on random images."""
+    model: torch.nn.Module
+    if stage == "pretrain":
+        model, loss, batch = UNet(recipe.unet), pretraining_loss(recipe), recipe.pretrain.batch
+    else:
+        model, loss, batch = (
+            build_classifier(recipe, PROBE_CLASSES),
+            finetuning_loss(recipe),
+            recipe.finetune.batch,
+        )
+    model.to(device)
+    side = recipe.image.size
+    pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, PROBE_CLASSES, (batch,), device=device)
+    times = []
+    for step in range(steps):
+        start = time.perf_counter()
+        loss(model, pixels, labels, step_generator(0, step, device)).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return batch / min(times[1:])
+
+
+def training_count(recipe: Recipe) -> int | None:
+    """Images that would be trained on, None where the recipe names no source."""
+    if not recipe.data.source:
+        return None
+    from prg.training.data import DataError, splits
+
+    found = splits(recipe.data.source)
+    if recipe.data.train not in found:
+        raise DataError(f"{recipe.data.source}: no split {recipe.data.train!r}")
+    count = found[recipe.data.train].count
+    return count - round(count * recipe.data.validation)

@@ -1,0 +1,75 @@
+"""Evaluation of an exported entry: the very module that is served, on preprocessing that is served."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from entry.config import Accuracy, Entry, EntryError, write_entry
+from entry.runner import Runner
+from prg.export import write_card
+from prg.training.data import Images, same_classes
+from prg.training.progress import track
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one version on one split."""
+
+    entry: Entry
+    version: str
+    accuracy: Accuracy
+    confusion: np.ndarray  # [K, K] counts, rows the true class
+
+
+def evaluate(directory: Path, images: Images, name: str, version: str | None = None) -> Evaluation:
+    """Classify labelled images with the entry's model.pt; `name` says what they are.
+
+    Raises EntryError for an entry without head, DataError for images without labels or of other classes.
+    """
+    runner = Runner(directory, version)
+    prg = runner.entry.prg
+    if prg.labels is None or prg.classify_t_end is None:
+        raise EntryError(
+            f"{directory}: was exported without a head, so it has no accuracy; fine-tune it first"
+        )
+    images = same_classes(images, prg.labels, name)
+    logits = classify(runner, images, prg.classify_t_end[0])
+    assert images.labels is not None
+    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    confusion = np.zeros((len(prg.labels),) * 2, np.int64)
+    np.add.at(confusion, (images.labels, top5[:, 0]), 1)
+    accuracy = Accuracy(
+        data=name,
+        images=len(images),
+        top1=round(float((top5[:, 0] == images.labels).mean()), 6),
+        top5=round(float((top5 == images.labels[:, None]).any(1).mean()), 6),
+    )
+    return Evaluation(runner.entry, runner.version, accuracy, confusion)
+
+
+def classify(runner: Runner, images: Images, t_end: float) -> np.ndarray:
+    """Logits of all images, float32 [N, K]."""
+    parts = []
+    with track(f"evaluating {runner.entry.name}", len(images)) as bar:
+        for start in range(0, len(images), BATCH):
+            pixels = images.pixels[start : start + BATCH]
+            logits = runner.run(pixels, np.full(len(pixels), t_end, np.float32)).logits
+            assert logits is not None
+            parts.append(logits)
+            bar.advance(len(pixels))
+    return np.concatenate(parts)
+
+
+def record(directory: Path, evaluation: Evaluation) -> None:
+    """Write the figures into the entry's parameter and model card, in place of older ones on the same data."""
+    entry = evaluation.entry
+    version = entry.prg.versions[evaluation.version]
+    others = tuple(a for a in version.accuracy if a.data != evaluation.accuracy.data)
+    updated = version.model_copy(update={"accuracy": (*others, evaluation.accuracy)})
+    versions = entry.prg.versions | {evaluation.version: updated}
+    entry = Entry(entry.name, entry.prg.model_copy(update={"versions": versions}))
+    write_entry(directory, entry)
+    write_card(directory, entry)
