@@ -252,7 +252,10 @@ def read_entry(directory: Path) -> Entry:
         )
     unknown = sorted(folders - entry.prg.versions.keys())
     if unknown:
-        raise EntryError(f"{path}: prg.versions has no {unknown[0]!r}, but that folder exists; {REMEDY}")
+        raise EntryError(
+            f"{path}: prg.versions does not list {unknown[0]!r}, but that folder is there "
+            "(an export was interrupted?); remove the folder and export again"
+        )
     return entry
 
 

@@ -118,9 +118,11 @@ def export(model: Encoder | Classifier, facts: Export, directory: Path) -> str:
         described = Version(sha256=sha256(path), training=facts.training, accuracy=())
         write_entry(staged, Entry(directory.name, replace_versions(wanted, {version: described})))
         prove_equal(extractor, staged, facts.precision)
-        versions = (existing.versions if existing else {}) | {version: described}
-        entry = Entry(directory.name, replace_versions(wanted, versions))
-        directory.mkdir(exist_ok=True)
+        if existing is None:
+            write_card(staged, read_entry(staged))
+            os.rename(staged, directory)
+            return version
+        entry = Entry(directory.name, replace_versions(wanted, existing.versions | {version: described}))
         os.rename(path.parent, directory / version)
         write_entry(directory, entry)
     write_card(directory, entry)
@@ -172,13 +174,11 @@ def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
 
 def check_no_device(module: torch.jit.ScriptModule) -> None:
     """Raise ExportError if the graph has a device constant: such a module fails on any other device."""
-    named = [
-        node.output()
-        for node in module.inlined_graph.findAllNodes("prim::Constant")  # type: ignore[attr-defined]
-        if node.output().type().kind() == "DeviceObjType"
-    ]
+    graph = module.inlined_graph  # held: its nodes die with it
+    constants = graph.findAllNodes("prim::Constant")  # type: ignore[attr-defined]
+    named = sum(node.output().type().kind() == "DeviceObjType" for node in constants)
     if named:
-        raise ExportError(f"the graph names a device ({len(named)} times), so it would not run on another")
+        raise ExportError(f"the graph names a device ({named} times), so it would not run on another")
 
 
 def write_card(directory: Path, entry: Entry) -> None:
@@ -207,8 +207,12 @@ def write_card(directory: Path, entry: Entry) -> None:
         lines += [f"| {a.data} | {a.images} | {a.top1:.4f} | {a.top5:.4f} |" for a in version.accuracy] or [
             "| not evaluated yet | | | |"
         ]
-        lines += ["", "Training:", "", *(f"- {k}: {v}" for k, v in version.training.items())]
+        lines += ["", "Training:", "", *(f"- {k}: {_shown(v)}" for k, v in version.training.items())]
     write_atomically(directory / "MODEL_CARD.md", ("\n".join(lines) + "\n").encode())
+
+
+def _shown(value: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _extractor(model: Encoder | Classifier, facts: Export) -> nn.Module:
@@ -244,6 +248,8 @@ def _describe(model: Encoder | Classifier, facts: Export) -> Prg:
 def _existing(directory: Path, wanted: Prg) -> Prg | None:
     """What is in `directory` already, if that is an entry that this can be a version of."""
     if not (directory / "config.pbtxt").exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise EntryError(f"{directory}: is there, but is no entry (no config.pbtxt); name another folder")
         return None
     existing = read_entry(directory).prg
     ours, theirs = (p.model_dump(exclude={"versions"}) for p in (wanted, existing))

@@ -1,0 +1,1 @@
+"""The gateway: images by REST to embeddings and classes."""

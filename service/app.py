@@ -1,0 +1,174 @@
+"""The application and the command prg-serve."""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+from prometheus_client import disable_created_metrics
+from starlette.middleware.cors import CORSMiddleware
+
+from service import errors
+from service.auth import Keys, new_key
+from service.engines.embedded import EmbeddedEngine
+from service.gateway import Gateway, default_model
+from service.inference import Engine, Inference
+from service.limits import BodyLimit
+from service.readiness import Readiness
+from service.routes import classify, embed, models, operations
+from service.settings import Settings, SettingsError, load_settings
+from service.telemetry import Metrics, Telemetry, configure_logs, log
+
+DESCRIPTION = """Image features and classes out of a generative model reversed (PRG).
+
+Images come as multipart files, as a raw body, or as base64 in JSON; options as form fields, query parameters or
+JSON fields. Errors are problem+json (RFC 9457)."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service with these settings. Raises SettingsError where it could never serve."""
+    metrics = Metrics()
+    keys = Keys(settings.api_keys_file)
+    check_repository(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = make_engine(settings, metrics)
+        readiness = Readiness(engine, lambda: default_model(settings, engine), metrics)
+        inference = Inference(engine, settings.image_limits, settings.queue_images, metrics)
+        gateway = Gateway(settings, engine, inference, readiness, keys, metrics)
+        app.state.gateway = gateway
+        await engine.start()
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(readiness.watch())
+            _on_hangup(tasks, gateway)
+            log.info(
+                "serving", models={n: "failed" if s.reason else "ready" for n, s in engine.models().items()}
+            )
+            yield
+            readiness.stopping = True
+            watch.cancel()
+        await engine.close()
+        inference.close()
+
+    app = FastAPI(title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app.state.keys = keys
+    errors.install(app)
+    for module in (embed, classify, models, operations):
+        app.include_router(module.router)
+    app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Priority", "Request-Timeout", "X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
+    app.add_middleware(Telemetry, metrics=metrics)
+    return app
+
+
+def make_engine(settings: Settings, metrics: Metrics) -> Engine:
+    """The engine that PRG_ENGINE names."""
+    return EmbeddedEngine(
+        settings.model_repository,
+        settings.chosen_models,
+        settings.max_batch,
+        settings.max_delay_ms / 1e3,
+        settings.queue_images,
+        metrics,
+    )
+
+
+def check_repository(settings: Settings) -> None:
+    """Refuse at start what no later rescan is meant to mend. Raises SettingsError."""
+    repository = settings.model_repository
+    if not repository.is_dir():
+        raise SettingsError(f"PRG_MODEL_REPOSITORY={repository}: no such folder")
+    names = {path.parent.name for path in repository.glob("*/config.pbtxt")}
+    if not names:
+        raise SettingsError(
+            f"PRG_MODEL_REPOSITORY={repository}: no entry in it; write one with `prg export RUN {repository}/NAME`"
+        )
+    chosen = settings.chosen_models
+    there = ", ".join(sorted(names))
+    for name in chosen or ():
+        if name not in names:
+            raise SettingsError(f"PRG_MODELS names {name!r}, {repository} has: {there}")
+    if settings.default_model and settings.default_model not in (chosen or names):
+        raise SettingsError(f"PRG_DEFAULT_MODEL={settings.default_model!r} is not served; there are: {there}")
+
+
+def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
+    """SIGHUP: rescan the repository and the keys, while serving goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals belong to the main thread
+
+    async def reload() -> None:
+        try:
+            gateway.keys.reload()
+            await gateway.engine.rescan()
+        except Exception as error:  # serving goes on with what there was
+            log.error("reload failed", reason=str(error))
+        else:
+            log.info("reloaded", models=list(gateway.engine.models()))
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of prg-serve."""
+    parser = argparse.ArgumentParser(
+        prog="prg-serve",
+        description="Serve the models of a repository by REST. Settings come from the environment:",
+        epilog=_settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--new-key", metavar="NAME", help="print a new API key and its row for the keys file")
+    arguments = parser.parse_args(argv)
+    if arguments.new_key:
+        key, row = new_key(arguments.new_key)
+        print(
+            f"# Give this key to its user; it is kept nowhere:\n# {key}\n# and add this to PRG_API_KEYS_FILE:\n{row}"
+        )
+        return 0
+    try:
+        settings = load_settings()
+        app = create_app(settings)
+    except SettingsError as error:
+        print(f"prg-serve: {error}", file=sys.stderr)
+        return 2
+    configure_logs()
+    disable_created_metrics()
+    address = f"http://{settings.host}:{settings.port}"
+    print(f"loading {settings.model_repository}, then serving on {address}", file=sys.stderr)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.request_timeout_s) + 5,
+    )
+    return 0
+
+
+def _settings_help() -> str:
+    lines = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in ("", None, ()) else field.default
+        lines.append(f"  PRG_{name.upper()}={default}\n      {field.description or ''}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""API keys: who may do what, and how many images a minute."""
+
+import hashlib
+import hmac
+import json
+import math
+import secrets
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import Problem
+from service.settings import SettingsError
+
+Scope = Literal["infer", "metrics"]
+
+
+class Key(BaseModel):
+    """One row of the keys file. The key itself is nowhere, only its digest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    scopes: Annotated[list[Scope], Field(min_length=1)]
+    images_per_minute: Annotated[int, Field(ge=1)] | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    key: list[Key] = []
+
+
+class Keys:
+    """The keys of a file, and what each has left of its rate. Without a file the service is open."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._keys = read_keys(path) if path else []
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    def reload(self) -> None:
+        """Read the file again; the old keys stay where it can't be used. Raises SettingsError."""
+        if self.path:
+            self._keys = read_keys(self.path)
+
+    def check(self, request: Request, scope: Scope) -> Key | None:
+        """The caller's key, None where the service is open. Raises Problem 401 or 403."""
+        if self.path is None:
+            return None
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).hexdigest()
+        found = None
+        for key in self._keys:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        if scheme.lower() != "bearer" or found is None:
+            raise Problem(
+                401,
+                "Key needed",
+                "send a valid key as `Authorization: Bearer <key>`",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        if scope not in found.scopes:
+            raise Problem(403, "Scope missing", f"the key {found.name!r} lacks the scope {scope!r}")
+        return found
+
+    def take(self, key: Key | None, images: int) -> None:
+        """Take so many images off the key's rate (a bucket that holds one minute). Raises Problem 429."""
+        if key is None or key.images_per_minute is None:
+            return
+        rate = key.images_per_minute
+        if images > rate:
+            raise Problem(
+                422,
+                "Too many images",
+                f"the key {key.name!r} may send {rate} images a minute; send fewer at once",
+            )
+        now = time.monotonic()
+        left, since = self._buckets.get(key.name, (float(rate), now))
+        left = min(float(rate), left + (now - since) * rate / 60)
+        if left < images:
+            self._buckets[key.name] = (left, now)
+            wait = math.ceil((images - left) * 60 / rate)
+            raise Problem(
+                429,
+                "Rate limit",
+                f"the key {key.name!r} may send {rate} images a minute; come back in {wait} s",
+                headers={"Retry-After": str(wait)},
+            )
+        self._buckets[key.name] = (left - images, now)
+
+
+def read_keys(path: Path) -> list[Key]:
+    """The rows of a keys file. Raises SettingsError that names it."""
+    try:
+        rows = _File.model_validate(tomllib.loads(path.read_text("utf-8"))).key
+    except OSError as error:
+        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {error.strerror}") from None
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {'; '.join(lines)}") from None
+    except ValueError as error:
+        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {error}") from None
+    names = [row.name for row in rows]
+    if len(set(names)) != len(names):
+        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: two keys have the same name")
+    return rows
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """(key, its row for the keys file). The key is shown once and kept nowhere."""
+    key = f"prg_{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    quoted = json.dumps(name, ensure_ascii=False)  # a JSON string is a TOML string
+    return (
+        key,
+        f'[[key]]\nname = {quoted}\nsha256 = "{digest}"\nscopes = ["infer"]\nimages_per_minute = 6000\n',
+    )
+
+
+def needs(scope: Scope) -> Callable[[Request], Key | None]:
+    """A dependency: the caller's key, with that scope."""
+
+    async def check(request: Request) -> Key | None:
+        keys: Keys = request.app.state.keys
+        return keys.check(request, scope)
+
+    return check  # type: ignore[return-value]

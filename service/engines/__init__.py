@@ -1,0 +1,1 @@
+"""Where the numbers are computed: one module an engine."""

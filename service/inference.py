@@ -1,0 +1,233 @@
+"""Admit, decode, infer: a request's images to results per image. Owns what an engine must be."""
+
+import asyncio
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from entry.config import Entry
+from entry.images import ImageError, Limits, load_image
+from service.errors import Problem, overloaded
+from service.intake import Item
+from service.limits import Priority
+from service.telemetry import Metrics
+
+RATE_WINDOW_S = 10.0
+"""Over how long the speed is looked at that Retry-After is computed from."""
+
+
+class EngineError(Exception):
+    """Every way an engine can fail: EngineOverloaded | EngineUnavailable | DeadlineExceeded."""
+
+
+class EngineOverloaded(EngineError):
+    """Its queue is full; nothing is broken."""
+
+
+class EngineUnavailable(EngineError):
+    """It is down, failing, or answered with nonsense."""
+
+
+class DeadlineExceeded(EngineError):
+    """The job was dropped because its time was up."""
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model as the engine has it: ready with its entry, or failed with a reason."""
+
+    name: str
+    entry: Entry | None
+    versions: tuple[str, ...] = ()
+    """Those served, ascending."""
+    reason: str | None = None
+
+    @property
+    def default_version(self) -> str:
+        """The highest served."""
+        return self.versions[-1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows to compute: an image at a level each."""
+
+    model: str
+    version: str
+    images: np.ndarray  # uint8 [N, 3, S, S]
+    t_end: np.ndarray  # float32 [N]
+    outputs: tuple[str, ...]
+    """Names of what is wanted: STATE, HIDDEN, LOGITS."""
+    due: float
+    """The loop's time after which nobody waits for it."""
+    priority: Priority = "interactive"
+
+
+class Engine(Protocol):
+    """The one seam between the gateway and what computes."""
+
+    async def start(self) -> None:
+        """Make the models ready; one that can't be is a failed status, not an exception."""
+
+    async def close(self) -> None:
+        """Stop; jobs under way are finished or fail."""
+
+    def models(self) -> Mapping[str, ModelStatus]:
+        """All models by name, in the order of names."""
+
+    async def infer(self, job: Job) -> dict[str, np.ndarray]:
+        """The wanted outputs, float32 [N, D] each. Raises EngineError; cancelling it drops the job."""
+
+    async def rescan(self) -> None:
+        """Look at the repository again."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's images and what is wanted of them."""
+
+    items: Sequence[Item]
+    model: str
+    version: str
+    entry: Entry
+    levels: tuple[float, ...]
+    output: str
+    due: float
+    priority: Priority
+    admitted: Callable[[], None]
+    """Called once there is room for the request, before anything is spent on it."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What became of each image: its error, or its row of `values`."""
+
+    errors: dict[int, ImageError]
+    rows: dict[int, int]
+    values: np.ndarray  # float32 [good images, levels, D]
+
+
+class Inference:
+    """The path of every request, over any engine."""
+
+    def __init__(self, engine: Engine, limits: Limits, queue_images: int, metrics: Metrics) -> None:
+        self.engine = engine
+        self._limits = limits
+        self._admission = Admission(queue_images, metrics)
+        self._metrics = metrics
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
+
+    def close(self) -> None:
+        """Free the decoding threads."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, work: Work) -> Results:
+        """Results of one request. Raises Problem where the engine fails or there is no room."""
+        with self._admission.admit(len(work.items) * len(work.levels)):
+            work.admitted()
+            images, errors = await self._decode(work)
+            rows = {index: row for row, index in enumerate(images)}
+            self._metrics.images(work.model, len(rows), len(errors))
+            if not images:
+                return Results(errors, rows, np.empty((0, len(work.levels), 0), np.float32))
+            values = await self._infer(work, np.stack(list(images.values())))
+        return Results(errors, rows, values)
+
+    async def _decode(self, work: Work) -> tuple[dict[int, np.ndarray], dict[int, ImageError]]:
+        """Each image by itself, off the event loop: a bad one spoils no other."""
+        loop = asyncio.get_running_loop()
+        spec = work.entry.prg.image
+
+        def decode(item: Item) -> np.ndarray | ImageError:
+            with self._metrics.decode_seconds.time():
+                try:
+                    return load_image(item(), spec, self._limits)
+                except ImageError as error:
+                    return error
+
+        tasks = [loop.run_in_executor(self._decoders, decode, item) for item in work.items]
+        try:
+            decoded = await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            raise
+        good = {i: d for i, d in enumerate(decoded) if not isinstance(d, ImageError)}
+        return good, {i: d for i, d in enumerate(decoded) if isinstance(d, ImageError)}
+
+    async def _infer(self, work: Work, images: np.ndarray) -> np.ndarray:
+        """float32 [N, levels, D]."""
+        count, levels = len(images), len(work.levels)
+        job = Job(
+            model=work.model,
+            version=work.version,
+            images=np.repeat(images, levels, axis=0),
+            t_end=np.tile(np.array(work.levels, np.float32), count),
+            outputs=(work.output,),
+            due=work.due,
+            priority=work.priority,
+        )
+        try:
+            values = (await self.engine.infer(job))[work.output]
+        except EngineOverloaded as error:
+            self._metrics.rejected("engine queue")
+            raise overloaded(str(error), self._admission.retry_after_s()) from None
+        except EngineUnavailable as error:
+            self._metrics.rejected("engine failure")
+            raise overloaded(f"the model can't answer: {error}", 1) from None
+        except DeadlineExceeded as error:
+            raise Problem(504, "Deadline exceeded", str(error)) from None
+        if not np.isfinite(values).all():
+            raise overloaded(f"{work.model}: the model answered with numbers that are not finite", 30)
+        return values.reshape(count, levels, -1)
+
+
+class Admission:
+    """How many rows (images x levels) are in the house; what does not fit is refused before it costs anything."""
+
+    def __init__(self, capacity: int, metrics: Metrics) -> None:
+        self.capacity = capacity
+        self.held = 0
+        self._metrics = metrics
+        self._done: deque[tuple[float, int]] = deque()  # (when, rows)
+
+    @contextmanager
+    def admit(self, rows: int) -> Iterator[None]:
+        """Hold a place for so many rows. Raises Problem 503 with the time that those inside will take."""
+        if rows > self.capacity:
+            raise Problem(
+                422,
+                "Too many images",
+                f"images x levels = {rows}, at most {self.capacity} fit in this server's queue; send fewer",
+            )
+        if self.held + rows > self.capacity:
+            self._metrics.rejected("queue full")
+            raise overloaded(
+                f"{self.held} images are waiting, at most {self.capacity} may", self.retry_after_s()
+            )
+        self._hold(rows)
+        try:
+            yield
+            self._done.append((time.monotonic(), rows))
+        finally:
+            self._hold(-rows)
+
+    def retry_after_s(self) -> int:
+        """Seconds until what waits now will be done, at the speed of the last moments; from 1 to 60."""
+        now = time.monotonic()
+        while self._done and self._done[0][0] < now - RATE_WINDOW_S:
+            self._done.popleft()
+        rate = sum(rows for _, rows in self._done) / RATE_WINDOW_S
+        return min(60, max(1, math.ceil(self.held / rate))) if rate else 1
+
+    def _hold(self, rows: int) -> None:
+        self.held += rows
+        self._metrics.queued_images.set(self.held)

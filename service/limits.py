@@ -1,0 +1,134 @@
+"""What a request may cost: bytes of its body, its deadline, and nothing at all once the caller hung up."""
+
+import asyncio
+import math
+import re
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Literal, TypeVar, cast
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import Problem, overloaded
+
+Priority = Literal["interactive", "bulk"]
+T = TypeVar("T")
+HELD_BODIES = 8
+"""Bodies of the largest size that may be in memory together; many more small ones fit in as many bytes."""
+
+
+class HungUp(Exception):
+    """The caller is gone; nobody reads an answer."""
+
+
+class BodyLimit:
+    """ASGI layer that counts body bytes as they arrive, before anything parses them.
+
+    A body over `max_bytes` is a 413, by its Content-Length before a byte is read. Bodies that are read at
+    the same time may hold `HELD_BODIES` times that; more are a 503.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            await self._too_large().response()(scope, receive, send)
+            return
+        own = 0
+
+        async def counted() -> Message:
+            nonlocal own
+            message = await receive()
+            size = len(message.get("body", b""))
+            own += size
+            self.held += size
+            if own > self.max_bytes:
+                raise self._too_large()
+            if self.held > HELD_BODIES * self.max_bytes:
+                raise overloaded("too many request bodies are being read at once; come back soon", 1)
+            return message
+
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            self.held -= own
+
+    def _too_large(self) -> Problem:
+        return Problem(
+            413,
+            "Body too large",
+            f"a request may have {self.max_bytes:,} bytes; send fewer images in each",
+            headers={"Connection": "close"},  # the rest of the body is not read
+        )
+
+
+@asynccontextmanager
+async def deadline(request: Request, timeout_s: float) -> AsyncIterator[float]:
+    """The loop's time by which the answer is due; what runs longer inside is cancelled and is a 504.
+
+    `Request-Timeout` shortens it.
+    """
+    asked = request.headers.get("request-timeout")
+    if asked is not None:
+        timeout_s = min(timeout_s, _seconds(asked))
+    due = asyncio.get_running_loop().time() + timeout_s
+    try:
+        async with asyncio.timeout_at(due):
+            yield due
+    except TimeoutError:
+        raise Problem(
+            504,
+            "Deadline exceeded",
+            f"not done within {timeout_s:g} s; send fewer images, or come back when there is less load",
+        ) from None
+
+
+def priority(request: Request) -> Priority:
+    """Which queue: the `Priority` header.
+
+    Browsers send a header of that name too (`u=1, i`, RFC 9218); it says nothing of our queues.
+    """
+    asked = request.headers.get("priority", "interactive").strip().lower()
+    if re.match(r"(u=\d|i\b)", asked) and asked != "interactive":
+        return "interactive"
+    if asked not in ("interactive", "bulk"):
+        raise Problem(422, "Wrong header", f"Priority is {asked[:40]!r}, must be interactive or bulk")
+    return cast(Priority, asked)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, which is cancelled when the caller hangs up. The body must have been read. Raises HungUp."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HungUp
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise Problem(422, "Wrong header", f"Request-Timeout is {text[:40]!r}, must be seconds above 0")
+    return seconds

@@ -1,0 +1,64 @@
+"""POST /embed: images in, embeddings out."""
+
+import base64
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request, Response
+
+from service.auth import Key, needs
+from service.intake import parse_options, read_request
+from service.limits import deadline
+from service.routes.answers import answer, documented, gateway_of
+from service.schemas import PROBLEMS, EmbedAnswer, EmbedOptions
+
+router = APIRouter()
+
+
+@router.post(
+    "/embed",
+    summary="Embeddings of images",
+    response_model=EmbedAnswer,
+    responses=PROBLEMS,
+    openapi_extra=documented(EmbedOptions),
+)
+async def embed(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:
+    """The state or the hidden activations of each image at t_end, or at several levels of t_end."""
+    gateway = gateway_of(request)
+    settings = gateway.settings
+    async with (
+        deadline(request, settings.request_timeout_s) as due,
+        read_request(request, settings) as intake,
+    ):
+        options = parse_options(EmbedOptions, intake.options)
+        chosen = gateway.choose(options)
+        prg = chosen.entry.prg
+        feature = options.feature or prg.feature
+        t_end = prg.t_end if options.t_end is None else options.t_end
+        levels = tuple(t_end) if isinstance(t_end, list) else (t_end,)
+        results = await gateway.infer(request, key, intake, chosen, levels, feature.upper(), due)
+    values = unit_length(results.values) if options.normalize else results.values
+
+    def shown(vector: np.ndarray) -> Any:
+        return as_base64(vector) if options.encoding_format == "base64" else vector
+
+    def item(row: int) -> dict[str, Any]:
+        if not isinstance(t_end, list):
+            return {"embedding": shown(values[row, 0])}
+        pairs = zip(levels, values[row], strict=True)
+        return {"embeddings": [{"t_end": level, "embedding": shown(v)} for level, v in pairs]}
+
+    dim = prg.features.state.dim if feature == "state" else prg.features.hidden.dim
+    return answer(chosen.facts() | {"feature": feature, "t_end": t_end, "dim": dim}, results, item)
+
+
+def unit_length(values: np.ndarray) -> np.ndarray:
+    """Each vector divided by its Euclidean length; a vector of zeros stays one."""
+    length = np.linalg.norm(values, axis=-1, keepdims=True)
+    unit: np.ndarray = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
+    return unit
+
+
+def as_base64(vector: np.ndarray) -> str:
+    """Little-endian float32."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

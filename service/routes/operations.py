@@ -1,0 +1,34 @@
+"""GET /health/live, /health/ready and /metrics: for whoever keeps the service up."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from service.auth import Key, needs
+from service.errors import overloaded
+from service.routes.answers import gateway_of
+from service.schemas import PROBLEMS, Health
+
+router = APIRouter()
+
+
+@router.get("/health/live", summary="Is the process alive", response_model=Health)
+async def live() -> Health:
+    """Good as long as the process answers."""
+    return Health(status="live")
+
+
+@router.get("/health/ready", summary="Can it serve", response_model=Health, responses={503: PROBLEMS[503]})
+async def ready(request: Request) -> Health:
+    """Good where the default model answered within the last 30 seconds, a request or a canary."""
+    reason = gateway_of(request).readiness.reason()
+    if reason:
+        raise overloaded(f"not ready: {reason}", 5)
+    return Health(status="ready")
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(request: Request, _: Annotated[Key | None, Depends(needs("metrics"))]) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(generate_latest(gateway_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)

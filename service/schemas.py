@@ -1,0 +1,176 @@
+"""What a request may say and what an answer holds; the OpenAPI page is made of these."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from entry.config import Accuracy, Features
+
+MAX_LEVELS = 8
+Level = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Options(BaseModel):
+    """Options of both POST routes. A description completes the sentence "it must be …"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="the name of a model of GET /models")
+    model_version: str | None = Field(None, description="a version of that model")
+
+    @field_validator("model_version", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class EmbedOptions(Options):
+    """Options of POST /embed."""
+
+    t_end: Level | Annotated[list[Level], Field(min_length=1, max_length=MAX_LEVELS)] | None = Field(
+        None, description=f"a number from 0 (noise) to 1 (the image), or up to {MAX_LEVELS} of them"
+    )
+    feature: Literal["state", "hidden"] | None = Field(None, description="state or hidden")
+    normalize: bool = Field(False, description="true or false; true scales each embedding to length 1")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="float (numbers) or base64 (of little-endian float32)"
+    )
+
+
+class ClassifyOptions(Options):
+    """Options of POST /classify."""
+
+    t_end: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None, description="one number, one of the model's classify_t_end (GET /models)"
+    )
+    top_k: Annotated[int, Field(ge=1)] = Field(5, description="a whole number from 1")
+    return_logits: bool = Field(False, description="true or false; true adds the logits of all classes")
+
+
+class ProblemBody(BaseModel):
+    """An error, RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Usage(BaseModel):
+    """How many images came, and how many of them have an error instead of a result."""
+
+    images: int
+    failed: int
+
+
+class LevelEmbedding(BaseModel):
+    """The embedding at one of several levels."""
+
+    t_end: float
+    embedding: list[float] | str
+
+
+class EmbedItem(BaseModel):
+    """One image's result; `embeddings` where several levels were asked for."""
+
+    index: int
+    embedding: list[float] | str | None = None
+    embeddings: list[LevelEmbedding] | None = None
+    error: ProblemBody | None = None
+
+
+class Answer(BaseModel):
+    """What both POST routes answer; vectors with different fingerprints must not be compared."""
+
+    model: str
+    model_version: str
+    fingerprint: str
+    usage: Usage
+
+
+class EmbedAnswer(Answer):
+    """Answer of POST /embed, items in the order of the input."""
+
+    feature: Literal["state", "hidden"]
+    t_end: float | list[float]
+    dim: int
+    data: list[EmbedItem]
+
+
+class Prediction(BaseModel):
+    """One class, most probable first."""
+
+    label: str
+    class_id: int
+    probability: float
+    logit: float
+
+
+class ClassifyItem(BaseModel):
+    """One image's classes."""
+
+    index: int
+    predictions: list[Prediction] | None = None
+    logits: list[float] | None = None
+    error: ProblemBody | None = None
+
+
+class ClassifyAnswer(Answer):
+    """Answer of POST /classify, items in the order of the input."""
+
+    t_end: float
+    data: list[ClassifyItem]
+
+
+class ModelInfo(BaseModel):
+    """One model; of a failed one only name, state and reason are known for sure."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: str
+    state: Literal["ready", "failed"]
+    reason: str | None = None
+    versions: list[str] | None = None
+    default_version: str | None = None
+    image_size: int | None = None
+    feature: str | None = None
+    t_end: float | None = None
+    features: Features | None = None
+    labels: list[str] | None = None
+    classify_t_end: list[float] | None = None
+    path: str | None = None
+    solver: str | None = None
+    steps: int | None = None
+    nfe: int | None = None
+    accuracy: list[Accuracy] | None = None
+
+
+class ModelList(BaseModel):
+    """All models, and the one that answers when none is named."""
+
+    default: str | None
+    data: list[ModelInfo]
+
+
+class Health(BaseModel):
+    """A good state; a bad one is a problem."""
+
+    status: Literal["live", "ready"]
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/problem+json": {"schema": ProblemBody.model_json_schema()}},
+    }
+    for status, text in {
+        401: "no key, or an unknown one",
+        403: "the key lacks the scope",
+        413: "the request's body is too large",
+        415: "the body's content type is not accepted",
+        422: "no image, too many, a wrong option, or no image that could be used",
+        429: "the key's own rate limit; see Retry-After",
+        503: "overload or a failing engine; see Retry-After",
+        504: "not done by the deadline",
+    }.items()
+}

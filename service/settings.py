@@ -1,0 +1,85 @@
+"""Settings by environment variables, checked before anything starts."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from entry.images import Limits
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class SettingsError(ValueError):
+    """A setting that can't be used; the message names the variable and what to do."""
+
+
+class Settings(BaseSettings):
+    """Every field is read from PRG_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix="PRG_", frozen=True, use_attribute_docstrings=True)
+
+    engine: Literal["embedded"] = "embedded"
+    """Where models run: in this process."""
+    model_repository: Path = Path("./model_repository")
+    """Folder of the entries that `prg export` writes."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every interface."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on."""
+    models: str = ""
+    """Comma-separated `name` or `name:version`; empty: all found."""
+    default_model: str = ""
+    """Empty: the only one, else the first by name."""
+    max_images: Positive = 64
+    """Images of one request."""
+    max_image_bytes: Positive = 20 << 20
+    """Bytes of one image's file."""
+    max_body_bytes: Positive = 64 << 20
+    """Bytes of one request."""
+    max_pixels: Positive = 50_000_000
+    """Pixels of one image, known from its header before it is decoded."""
+    max_batch: Annotated[int, Field(ge=1, le=64)] = 32
+    """Rows (images x levels) that are computed together."""
+    max_delay_ms: Annotated[float, Field(ge=0, le=1000)] = 3
+    """How long a batch waits to become full."""
+    queue_images: Positive = 512
+    """Rows (images x levels) admitted and not yet answered; more are refused with 503."""
+    request_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30
+    """After this many seconds a request is answered with 504."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Comma-separated origins whose pages may call this service."""
+    api_keys_file: Path | None = None
+    """TOML with the keys; unset: the service is open."""
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(filter(None, (v.strip() for v in value.split(",")))) if isinstance(value, str) else value
+
+    @property
+    def image_limits(self) -> Limits:
+        """What one image may be."""
+        return Limits(self.max_image_bytes, self.max_pixels)
+
+    @property
+    def chosen_models(self) -> dict[str, frozenset[str] | None] | None:
+        """Names to serve, each with its versions (None: all of them); None: serve whatever is found."""
+        if not self.models.strip():
+            return None
+        chosen: dict[str, frozenset[str] | None] = {}
+        for item in filter(None, (part.strip() for part in self.models.split(","))):
+            name, _, version = item.partition(":")
+            known = chosen.get(name, frozenset())
+            chosen[name] = None if not version or known is None else known | {version}
+        return chosen
+
+
+def load_settings() -> Settings:
+    """Settings from the environment. Raises SettingsError naming each variable that can't be used."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"PRG_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("; ".join(lines)) from None

@@ -1,0 +1,164 @@
+"""An entry's configuration: written, read back, and refused where it can't be used."""
+
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from entry.config import (
+    EntryError,
+    check_weights,
+    find_entries,
+    read_entry,
+    to_config,
+    write_atomically,
+    write_entry,
+)
+from tests.tiny import write_tiny_entry
+
+KEYS = {
+    *("format", "path", "solver", "steps", "nfe", "image", "t_end", "feature", "features"),
+    *("classify_t_end", "labels", "precision", "tolerance", "versions"),
+}
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_what_is_written_is_read(tmp_path: Path, head: bool) -> None:
+    directory = write_tiny_entry(tmp_path, head=head, versions=("1", "2", "10"))
+    entry = read_entry(directory)
+    write_entry(directory, entry)
+    assert read_entry(directory) == entry
+    assert entry.has_head == head
+    assert entry.default_version == "10"
+    assert list(entry.outputs()) == ["STATE", "HIDDEN", "LOGITS"][: 3 if head else 2]
+
+
+def test_the_parameter_has_exactly_the_keys_of_the_format(tmp_path: Path) -> None:
+    headless = {"labels", "classify_t_end"}
+    for head, keys in ((True, KEYS), (False, KEYS - headless)):
+        directory = write_tiny_entry(tmp_path, f"head-{head}", head=head)
+        config = text_format.Parse((directory / "config.pbtxt").read_text(), ModelConfig())
+        assert json.loads(config.parameters["prg"].string_value).keys() == keys
+
+
+def test_triton_is_told_what_it_needs(tmp_path: Path) -> None:
+    config = to_config(read_entry(write_tiny_entry(tmp_path, size=48)))
+    assert config.platform == "pytorch_libtorch"
+    assert [list(i.dims) for i in config.input] == [[3, 48, 48], [1]]
+    assert config.max_batch_size == 64
+    assert config.version_policy.WhichOneof("policy_choice") == "all"
+    assert not config.instance_group
+    policy = config.dynamic_batching.default_queue_policy
+    assert (policy.default_timeout_microseconds, policy.max_queue_size) == (60_000_000, 256)
+    assert policy.allow_timeout_override
+    assert config.dynamic_batching.priority_levels == 2
+    assert {w.batch_size for w in config.model_warmup} == {1, 8, 32, 64}
+
+
+def change(directory: Path, edit: object) -> None:
+    """Rewrite the parameter by `edit(table)`."""
+    path = directory / "config.pbtxt"
+    config = text_format.Parse(path.read_text(), ModelConfig())
+    table = json.loads(config.parameters["prg"].string_value)
+    edit(table)  # type: ignore[operator]
+    config.parameters["prg"].string_value = json.dumps(table)
+    path.write_text(text_format.MessageToString(config))
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda t: t.pop("nfe"), "prg.nfe"),
+        (lambda t: t.update(extra=1), "prg.extra"),
+        (lambda t: t.update(format=2), "prg.format"),
+        (lambda t: t.update(steps=True), "prg.steps"),
+        (lambda t: t.update(steps=0), "prg.steps"),
+        (lambda t: t.update(t_end=1.5), "prg.t_end"),
+        (lambda t: t.update(t_end=float("nan")), "NaN"),
+        (lambda t: t.update(feature="pixels"), "prg.feature"),
+        (lambda t: t.update(labels=None), "prg.labels"),
+        (lambda t: t.pop("labels"), "labels and classify_t_end"),
+        (lambda t: t.update(labels=["a", "a", "b", "c"]), "labels"),
+        (lambda t: t.update(labels=["a"]), "output LOGITS"),
+        (lambda t: t["image"].update(preprocessing="v2"), "prg.image.preprocessing"),
+        (lambda t: t["image"].update(resize=16), "resize"),
+        (lambda t: t["image"].update(size=16, resize=16), "input IMAGE"),
+        (lambda t: t["image"].update(std=[1, 0, 1]), "prg.image.std.1"),
+        (lambda t: t["features"]["hidden"].update(dim=5), "output HIDDEN"),
+        (lambda t: t["versions"]["1"].update(sha256="abc"), "prg.versions.1.sha256"),
+        (lambda t: t["versions"].update({"2": t["versions"]["1"]}), "2/model.pt"),
+        (lambda t: t["versions"].update({"01": t["versions"].pop("1")}), "'01'"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_naming_file_and_key(tmp_path: Path, edit: object, named: str) -> None:
+    directory = write_tiny_entry(tmp_path)
+    change(directory, edit)
+    with pytest.raises(EntryError) as error:
+        read_entry(directory)
+    assert named in str(error.value)
+    assert str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('platform: "pytorch_libtorch"', 'platform: "onnxruntime_onnx"', "platform"),
+        ("max_batch_size: 64", "max_batch_size: 8", "max_batch_size"),
+        ('name: "tiny"', 'name: "other"', "name"),
+        ("TYPE_UINT8", "TYPE_FP32", "IMAGE: data_type"),
+        ('name: "HIDDEN"', 'name: "hidden"', "output names"),
+        ('key: "prg"', 'key: "gpr"', '"prg"'),
+        ('platform: "', "platform: ", "not a Triton model configuration"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(tmp_path: Path, old: str, new: str, named: str) -> None:
+    path = write_tiny_entry(tmp_path) / "config.pbtxt"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(EntryError) as error:
+        read_entry(path.parent)
+    assert named in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_a_version_that_is_not_listed_is_refused(tmp_path: Path) -> None:
+    directory = write_tiny_entry(tmp_path)
+    (directory / "2").mkdir()
+    (directory / "2" / "model.pt").write_bytes(b"half an export")
+    with pytest.raises(EntryError, match="'2'.*remove the folder"):
+        read_entry(directory)
+
+
+def test_weights_that_differ_from_their_digest_are_refused(tmp_path: Path) -> None:
+    directory = write_tiny_entry(tmp_path)
+    entry = read_entry(directory)
+    path = check_weights(directory, entry, "1")
+    path.write_bytes(path.read_bytes() + b"!")
+    with pytest.raises(EntryError, match=r"sha256 is .* but prg.versions.1.sha256"):
+        check_weights(directory, entry, "1")
+
+
+def test_a_bad_entry_hides_no_other(tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path, "good")
+    (write_tiny_entry(tmp_path, "bad") / "config.pbtxt").write_bytes(b"\xff\xfe")
+    (tmp_path / "not-an-entry").mkdir()
+    found = find_entries(tmp_path)
+    assert list(found) == ["bad", "good"]
+    assert isinstance(found["bad"], EntryError)
+    assert not isinstance(found["good"], EntryError)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,69 @@
+"""An entry run in this process."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entry.config import EntryError, read_entry, sha256, write_entry
+from entry.runner import Runner
+from tests.tiny import tiny_module, write_tiny_entry
+
+IMAGES = np.random.default_rng(1).integers(0, 256, (5, 3, 32, 32), np.uint8)
+LEVELS = np.array([0, 0.25, 0.5, 0.75, 1], np.float32)
+
+
+def test_rows_are_those_of_their_image_and_level(tmp_path: Path) -> None:
+    outputs = Runner(write_tiny_entry(tmp_path)).run(IMAGES, LEVELS)
+    expected = np.concatenate([IMAGES.mean((2, 3)) / 255, LEVELS[:, None]], 1)
+    assert np.allclose(outputs.hidden, expected, atol=1e-6)
+    assert outputs.state.shape == (5, 768)
+    assert outputs.logits is not None
+    assert np.allclose(outputs.logits, outputs.hidden * 10)
+
+
+def test_without_a_head_there_are_no_logits(tmp_path: Path) -> None:
+    assert Runner(write_tiny_entry(tmp_path, head=False)).run(IMAGES, LEVELS).logits is None
+
+
+def test_the_highest_version_is_the_default(tmp_path: Path) -> None:
+    directory = write_tiny_entry(tmp_path, versions=("1", "2", "10"))
+    assert Runner(directory).version == "10"
+    assert np.allclose(Runner(directory, "2").run(IMAGES, LEVELS).hidden[0, 3], 0.01)
+    with pytest.raises(EntryError, match="no version '3' .there are: 1, 2, 10"):
+        Runner(directory, "3")
+
+
+@pytest.mark.parametrize(
+    ("images", "levels"),
+    [
+        (IMAGES.astype(np.float32), LEVELS),
+        (IMAGES[:, :, :16], LEVELS),
+        (IMAGES[0], LEVELS[:1]),
+        (IMAGES, LEVELS[:3]),
+        (IMAGES, LEVELS.astype(np.float64)),
+    ],
+)
+def test_wrong_arrays_are_refused(tmp_path: Path, images: np.ndarray, levels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Runner(write_tiny_entry(tmp_path)).run(images, levels)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"not TorchScript", "can't load it"), (tiny_module(False, 0), "answers with shapes")],
+)
+def test_a_module_that_is_not_what_the_entry_says_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    directory = write_tiny_entry(tmp_path)
+    path = directory / "1" / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(EntryError, match="sha256"):
+        Runner(directory)
+    entry = read_entry(directory)
+    version = entry.prg.versions["1"].model_copy(update={"sha256": sha256(path)})
+    entry.prg.versions["1"] = version
+    write_entry(directory, entry)
+    with pytest.raises(EntryError, match=message):
+        Runner(directory)

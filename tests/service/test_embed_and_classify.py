@@ -1,0 +1,312 @@
+"""The two POST routes: every form of input, every option, every kind of bad input."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from service.schemas import ClassifyAnswer, EmbedAnswer
+from tests.service.conftest import Start
+from tests.tiny import LABELS, png, write_tiny_entry
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("files", (f"{i}.png", data)) for i, data in enumerate(images)]
+
+
+def b64(data: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(data).decode()}
+
+
+def hidden(colour: tuple[int, int, int], t_end: float) -> list[float]:
+    return [*(c / 255 for c in colour), t_end]
+
+
+def problem(response: Any, status: int) -> str:
+    """Check that a response is a problem of that status; returns its detail."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == status
+    assert {"type", "title", "status", "detail"} <= body.keys()
+    detail: str = body["detail"]
+    return detail
+
+
+def test_embed_answers_in_the_order_of_the_input(client: TestClient) -> None:
+    response = client.post("/embed", files=files(png(RED), png(GREEN), png(BLUE)))
+    answer = response.json()
+    EmbedAnswer.model_validate(answer)
+    assert answer["model"] == "tiny"
+    assert answer["model_version"] == "1"
+    assert len(answer["fingerprint"]) == 12
+    assert (answer["feature"], answer["t_end"], answer["dim"]) == ("hidden", 0.8, 4)
+    assert [item["index"] for item in answer["data"]] == [0, 1, 2]
+    for item, colour in zip(answer["data"], (RED, GREEN, BLUE), strict=True):
+        assert item.keys() == {"index", "embedding"}
+        assert item["embedding"] == pytest.approx(hidden(colour, 0.8))
+    assert answer["usage"] == {"images": 3, "failed": 0}
+
+
+def test_the_three_forms_of_input_agree(client: TestClient) -> None:
+    options = {"t_end": 0.25, "feature": "state", "normalize": True}
+    image = png(BLUE)
+    answers = [
+        client.post("/embed", files=files(image), data=options),
+        client.post("/embed", content=image, headers={"content-type": "image/png"}, params=options),
+        client.post("/embed", json={"inputs": [b64(image)], **options}),
+        client.post("/embed", json={"inputs": [b64(image)]}, params=options),
+        client.post("/embed", files=files(image), data={"t_end": 0.25}, params=options),
+    ]
+    assert [a.status_code for a in answers] == [200] * 5
+    assert all(a.json() == answers[0].json() for a in answers)
+    assert np.linalg.norm(answers[0].json()["data"][0]["embedding"]) == pytest.approx(1)
+
+
+def test_base64_answers_are_little_endian_float32(client: TestClient) -> None:
+    answer = client.post("/embed", files=files(png(GREEN)), params={"encoding_format": "base64"}).json()
+    vector = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
+    assert vector == pytest.approx(hidden(GREEN, 0.8))
+
+
+def test_a_vector_of_zeros_is_not_divided(client: TestClient) -> None:
+    options = {"feature": "state", "t_end": 0, "normalize": True}
+    answer = client.post("/embed", files=files(png(RED)), params=options).json()
+    assert answer["data"][0]["embedding"] == [0.0] * 768
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"files": files(png(RED), png(BLUE)), "data": {"t_end": ["0.5", "0.25", "1"]}},
+        {"files": files(png(RED), png(BLUE)), "params": {"t_end": ["0.5", "0.25", "1"]}},
+        {"json": {"inputs": [b64(png(RED)), b64(png(BLUE))], "t_end": [0.5, 0.25, 1]}},
+    ],
+)
+def test_several_levels_at_once(client: TestClient, request_: dict[str, Any]) -> None:
+    answer = client.post("/embed", **request_).json()
+    EmbedAnswer.model_validate(answer)
+    assert answer["t_end"] == [0.5, 0.25, 1.0]
+    for item, colour in zip(answer["data"], (RED, BLUE), strict=True):
+        assert item.keys() == {"index", "embeddings"}
+        for level, found in zip((0.5, 0.25, 1), item["embeddings"], strict=True):
+            assert found["t_end"] == level
+            assert found["embedding"] == pytest.approx(hidden(colour, level))
+
+
+def test_a_list_of_one_level_has_the_form_of_a_list(client: TestClient) -> None:
+    answer = client.post("/embed", json={"inputs": [b64(png())], "t_end": [0.5]}).json()
+    assert answer["t_end"] == [0.5]
+    assert list(answer["data"][0]) == ["index", "embeddings"]
+
+
+def test_classify(client: TestClient) -> None:
+    answer = client.post("/classify", files=files(png(GREEN)), data={"return_logits": "true"}).json()
+    ClassifyAnswer.model_validate(answer)
+    assert answer["t_end"] == 0.8
+    item = answer["data"][0]
+    assert [p["label"] for p in item["predictions"]][:2] == ["green", "late"]
+    assert sorted(p["class_id"] for p in item["predictions"]) == [0, 1, 2, 3]
+    assert sum(p["probability"] for p in item["predictions"]) == pytest.approx(1)
+    assert item["logits"] == pytest.approx([0, 10, 0, 8], abs=1e-5)
+    for p in item["predictions"]:
+        assert p["label"] == LABELS[p["class_id"]]
+        assert p["logit"] == item["logits"][p["class_id"]]
+
+
+@pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (4, 4), (1000, 4)])
+def test_top_k_is_clamped_to_the_classes(client: TestClient, top_k: int, count: int) -> None:
+    answer = client.post("/classify", files=files(png()), params={"top_k": top_k}).json()
+    assert len(answer["data"][0]["predictions"]) == count
+    assert "logits" not in answer["data"][0]
+
+
+def test_classify_at_another_trained_level(client: TestClient) -> None:
+    answer = client.post("/classify", files=files(png()), params={"t_end": "0.50", "return_logits": 1}).json()
+    assert answer["t_end"] == 0.5
+    assert answer["data"][0]["logits"][3] == pytest.approx(5)
+
+
+def test_a_bad_image_spoils_no_other(client: TestClient) -> None:
+    answer = client.post("/embed", files=files(png(RED), b"text", png(BLUE), png()[:50], b"")).json()
+    EmbedAnswer.model_validate(answer)
+    assert answer["usage"] == {"images": 5, "failed": 3}
+    assert answer["data"][2]["embedding"] == pytest.approx(hidden(BLUE, 0.8))
+    for index in (1, 3, 4):
+        error = answer["data"][index]["error"]
+        assert error.keys() == {"type", "title", "status", "detail"}
+        assert error["status"] == 422
+
+
+def test_errors_of_items_have_their_own_status(start: Start) -> None:
+    client = start(max_pixels=2000, max_image_bytes=5000)
+    noise = png() + bytes(5000)
+    response = client.post(
+        "/classify",
+        json={"inputs": [b64(png()), b64(png(size=(50, 50))), b64(noise), {"b64": "***"}, b64(b"%PDF")]},
+    )
+    items = response.json()["data"]
+    assert response.status_code == 200
+    assert [item.get("error", {}).get("status") for item in items] == [None, 413, 413, 422, 415]
+
+
+def test_all_bad_is_422_with_the_same_data(client: TestClient) -> None:
+    response = client.post("/embed", files=files(b"text", b"more"))
+    problem(response, 422)
+    body = response.json()
+    assert [item["index"] for item in body["data"]] == [0, 1]
+    assert all(item["error"]["status"] == 422 for item in body["data"])
+    assert body["usage"] == {"images": 2, "failed": 2}
+
+
+@pytest.mark.parametrize("text", ["{}\n{}", "{}", "{}="])
+def test_base64_may_be_wrapped_and_unpadded(client: TestClient, text: str) -> None:
+    encoded = base64.b64encode(png(RED)).decode().rstrip("=")
+    half = len(encoded) // 2
+    wrapped = encoded[:half] + "\r\n" + encoded[half:]
+    assert client.post("/embed", json={"inputs": [{"b64": wrapped}]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("route", "options", "named"),
+    [
+        ("/embed", {"t_end": "1.5"}, ["t_end", "1.5", "from 0 (noise) to 1"]),
+        ("/embed", {"t_end": "nan"}, ["t_end"]),
+        ("/embed", {"t_end": ["0.1"] * 9}, ["t_end", "up to 8"]),
+        ("/embed", {"t_end": ["0.1", "2"]}, ["t_end"]),
+        ("/embed", {"feature": "pixels"}, ["feature", "'pixels'", "state or hidden"]),
+        ("/embed", {"model": "other"}, ["'other'", "tiny"]),
+        ("/embed", {"model_version": "7"}, ["'7'", "there are: 1"]),
+        ("/embed", {"normalize": "perhaps"}, ["normalize", "true or false"]),
+        ("/embed", {"encoding_format": "hex"}, ["encoding_format", "base64"]),
+        ("/embed", {"top_k": "3"}, ["'top_k'", "allowed: model, model_version, t_end, feature"]),
+        ("/embed", {"banana": "3"}, ["'banana'"]),
+        ("/embed", {"feature": ["state", "hidden"]}, ["feature", "twice"]),
+        ("/classify", {"t_end": "0.3"}, ["t_end", "0.3", "0.8, 0.5"]),
+        ("/classify", {"t_end": "1.5"}, ["t_end", "1.5", "0.8, 0.5"]),
+        ("/classify", {"t_end": ["0.8", "0.5"]}, ["t_end"]),
+        ("/classify", {"top_k": "0"}, ["top_k", "from 1"]),
+        ("/classify", {"feature": "state"}, ["'feature'", "top_k"]),
+    ],
+)
+def test_a_wrong_option_is_422_and_names_the_allowed(
+    client: TestClient, route: str, options: dict[str, Any], named: list[str]
+) -> None:
+    in_query = problem(client.post(route, files=files(png()), params=options), 422)
+    in_form = problem(client.post(route, files=files(png()), data=options), 422)
+    for words in named:
+        assert words in in_query
+        assert words in in_form
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"t_end": True},
+        {"t_end": "0.5"},
+        {"t_end": []},
+        {"normalize": "yes"},
+        {"model": 3},
+        {"feature": ["state"]},
+    ],
+)
+def test_json_options_have_json_types(client: TestClient, options: dict[str, Any]) -> None:
+    problem(client.post("/embed", json={"inputs": [b64(png())], **options}), 422)
+
+
+def test_the_same_option_twice_must_agree(client: TestClient) -> None:
+    same = client.post("/embed", json={"inputs": [b64(png())], "t_end": 0.5}, params={"t_end": "0.50"})
+    assert same.status_code == 200
+    differing = client.post("/embed", json={"inputs": [b64(png())], "t_end": 0.5}, params={"t_end": "0.6"})
+    assert "twice" in problem(differing, 422)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"files": [("other", ("a.png", png()))]},
+        {"data": {"t_end": "0.5"}},
+        {"files": {"t_end": (None, "0.5")}},
+        {"files": {"files": (None, "a.png")}},
+        {"json": {"inputs": []}},
+        {"json": {}},
+        {"json": []},
+        {"json": {"inputs": [{"b64": 3}]}},
+        {"json": {"inputs": ["abc"]}},
+        {"json": {"inputs": [{"url": "http://example.org/a.png"}]}},
+        {"content": b"{", "headers": {"content-type": "application/json"}},
+        {"content": b"no form", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        {"content": b"no form", "headers": {"content-type": "multipart/form-data"}},
+        {"content": b"", "headers": {"content-type": "image/png"}},
+    ],
+)
+@pytest.mark.parametrize("route", ["/embed", "/classify"])
+def test_a_request_without_images(client: TestClient, route: str, request_: dict[str, Any]) -> None:
+    status = 415 if request_.get("data") else 422  # httpx sends data alone as a URL-encoded form
+    problem(client.post(route, **request_), status)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "video/mp4"])
+def test_other_content_types_are_415(client: TestClient, kind: str) -> None:
+    assert "multipart/form-data" in problem(
+        client.post("/embed", content=b"abc", headers={"content-type": kind}), 415
+    )
+
+
+def test_too_many_images(start: Start) -> None:
+    client = start(max_images=2)
+    assert client.post("/embed", files=files(png(), png())).status_code == 200
+    assert "may have 2 images" in problem(client.post("/embed", files=files(png(), png(), png())), 422)
+    assert "may have 2 images" in problem(client.post("/embed", json={"inputs": [b64(png())] * 3}), 422)
+
+
+def test_too_large_a_body(start: Start) -> None:
+    client = start(max_body_bytes=1000)
+    assert "1,000 bytes" in problem(client.post("/embed", files=files(bytes(2000))), 413)
+
+    def chunks() -> Any:
+        for _ in range(20):
+            yield bytes(100)
+
+    response = client.post("/embed", content=chunks(), headers={"content-type": "image/png"})
+    assert "1,000 bytes" in problem(response, 413)
+
+
+def test_an_entry_without_a_head(start: Start, tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path / "m", "plain", head=False)
+    client = start(model_repository=tmp_path / "m")
+    assert client.post("/embed", files=files(png())).status_code == 200
+    assert "without a head" in problem(client.post("/classify", files=files(png())), 422)
+
+
+def test_models_and_versions_are_chosen(start: Start, tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path / "m", "a")
+    write_tiny_entry(tmp_path / "m", "b", versions=("1", "2"), size=16)
+    client = start(model_repository=tmp_path / "m")
+
+    def last(**options: str) -> tuple[str, str, float]:
+        answer = client.post("/embed", files=files(png()), params=options).json()
+        return answer["model"], answer["model_version"], round(answer["data"][0]["embedding"][3], 3)
+
+    assert last() == ("a", "1", 0.8)
+    assert last(model="b") == ("b", "2", 0.81)
+    assert last(model="b", model_version="1") == ("b", "1", 0.8)
+
+
+def test_wrong_headers(client: TestClient) -> None:
+    for headers in ({"Request-Timeout": "soon"}, {"Request-Timeout": "-1"}, {"Priority": "urgent"}):
+        problem(client.post("/embed", files=files(png()), headers=headers), 422)
+    for headers in ({"Request-Timeout": "9.5"}, {"Priority": "bulk"}, {"Priority": "u=1, i"}):
+        assert client.post("/embed", files=files(png()), headers=headers).status_code == 200
+
+
+def test_paths_and_methods_that_are_not_there(client: TestClient) -> None:
+    problem(client.get("/nothing"), 404)
+    problem(client.get("/embed"), 405)
+    problem(client.get("/models/other"), 404)

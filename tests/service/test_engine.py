@@ -1,0 +1,220 @@
+"""The embedded engine and the way to it: batching, order, deadlines, overload, failures."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entry.runner import Outputs, Runner
+from service.engines.embedded import EmbeddedEngine
+from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
+from service.telemetry import Metrics
+from tests.tiny import write_tiny_entry
+
+
+class Gate:
+    """Lets batches through one by one, and keeps what was in them."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.entry = runner.entry
+        self._runner = runner
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        self.batches: list[list[float]] = []
+        self.fail = False
+
+    def run(self, images: np.ndarray, t_end: np.ndarray) -> Outputs:
+        self.batches.append([round(float(t), 3) for t in t_end])
+        self.entered.set()
+        assert self.open.wait(10)
+        if self.fail:
+            self.fail = False
+            raise RuntimeError("out of memory")
+        return self._runner.run(images, t_end)
+
+
+@asynccontextmanager
+async def engine(
+    tmp_path: Path, delay_s: float = 0.0, queue: int = 64
+) -> AsyncIterator[tuple[EmbeddedEngine, Gate]]:
+    write_tiny_entry(tmp_path, size=16)
+    running = EmbeddedEngine(tmp_path, None, 4, delay_s, queue, Metrics())
+    await running.start()
+    batcher = running._models["tiny"].batchers["1"]
+    gate = Gate(batcher.runner)
+    batcher.runner = gate  # type: ignore[assignment]
+    try:
+        yield running, gate
+    finally:
+        gate.open.set()
+        await running.close()
+
+
+def job(*levels: float, due: float = 1e12, priority: str = "interactive", version: str = "1") -> Job:
+    """Rows that are told apart by their level, and by their red."""
+    images = np.zeros((len(levels), 3, 16, 16), np.uint8)
+    images[:, 0] = (np.array(levels) * 255).astype(np.uint8)[:, None, None]
+    return Job("tiny", version, images, np.array(levels, np.float32), ("HIDDEN",), due, priority)  # type: ignore[arg-type]
+
+
+def right(found: dict[str, np.ndarray], *levels: float) -> bool:
+    hidden = found["HIDDEN"]
+    return bool(np.allclose(hidden[:, 3], levels) and np.allclose(hidden[:, 0], levels, atol=1 / 255))
+
+
+async def under_way(gate: Gate) -> None:
+    await asyncio.to_thread(gate.entered.wait, 10)
+    gate.entered.clear()
+
+
+def test_each_caller_gets_its_own_rows(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path, queue=1000) as (running, gate):
+            gate.open.set()
+            rng = np.random.default_rng(0)
+            wanted = [rng.uniform(0, 1, rng.integers(1, 12)).round(3) for _ in range(40)]
+            found = await asyncio.gather(*(running.infer(job(*levels)) for levels in wanted))
+            assert all(right(f, *levels) for f, levels in zip(found, wanted, strict=True))
+            assert max(map(len, gate.batches)) <= 4
+            assert len(gate.batches) < sum(map(len, wanted)) / 2
+
+    asyncio.run(scene())
+
+
+def test_waiting_jobs_share_a_batch_and_interactive_ones_go_first(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            first = asyncio.create_task(running.infer(job(0.9)))
+            await under_way(gate)
+            later = [
+                asyncio.create_task(running.infer(job(0.1, 0.2, 0.3, priority="bulk"))),
+                asyncio.create_task(running.infer(job(0.4, 0.5))),
+                asyncio.create_task(running.infer(job(0.6))),
+            ]
+            await asyncio.sleep(0)
+            gate.open.set()
+            await asyncio.gather(first, *later)
+            assert gate.batches == [[0.9], [0.4, 0.5, 0.6, 0.1], [0.2, 0.3]]
+            assert right(later[0].result(), 0.1, 0.2, 0.3)
+
+    asyncio.run(scene())
+
+
+def test_a_batch_waits_for_company_but_not_longer_than_the_delay(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path, delay_s=0.3) as (running, gate):
+            gate.open.set()
+            await asyncio.gather(running.infer(job(0.1)), running.infer(job(0.2)))
+            await asyncio.gather(running.infer(job(0.1, 0.2, 0.3)), running.infer(job(0.4)))  # full: no wait
+            assert gate.batches == [[0.1, 0.2], [0.1, 0.2, 0.3, 0.4]]
+
+    asyncio.run(scene())
+
+
+def test_who_gives_up_or_is_late_is_not_computed(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            now = asyncio.get_running_loop().time()
+            first = asyncio.create_task(running.infer(job(0.9)))
+            await under_way(gate)
+            gone = asyncio.create_task(running.infer(job(0.1)))
+            late = asyncio.create_task(running.infer(job(0.2, due=now - 1)))
+            stays = asyncio.create_task(running.infer(job(0.3)))
+            await asyncio.sleep(0)
+            gone.cancel()
+            gate.open.set()
+            assert right(await stays, 0.3)
+            with pytest.raises(DeadlineExceeded):
+                await late
+            await first
+            assert gate.batches == [[0.9], [0.3]]
+
+    asyncio.run(scene())
+
+
+def test_a_full_queue_refuses_and_recovers(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path, queue=4) as (running, gate):
+            first = asyncio.create_task(running.infer(job(0.9)))
+            await under_way(gate)
+            waiting = asyncio.create_task(running.infer(job(0.1, 0.2, 0.3)))
+            await asyncio.sleep(0)
+            with pytest.raises(EngineOverloaded, match="3 images are waiting, at most 4"):
+                await running.infer(job(0.4, 0.5))
+            gate.open.set()
+            await asyncio.gather(first, waiting)
+            assert right(await running.infer(job(0.4, 0.5)), 0.4, 0.5)
+
+    asyncio.run(scene())
+
+
+def test_a_failing_batch_fails_its_jobs_and_no_other(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            gate.fail = True
+            doomed = asyncio.create_task(running.infer(job(0.1)))
+            await under_way(gate)
+            other = asyncio.create_task(running.infer(job(0.2)))
+            await asyncio.sleep(0)
+            gate.open.set()
+            with pytest.raises(EngineUnavailable, match="RuntimeError"):
+                await doomed
+            assert right(await other, 0.2)
+
+    asyncio.run(scene())
+
+
+def test_closing_fails_what_waits(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            first = asyncio.create_task(running.infer(job(0.9)))
+            await under_way(gate)
+            waiting = asyncio.create_task(running.infer(job(0.1)))
+            await asyncio.sleep(0)
+            closing = asyncio.create_task(running.close())
+            await asyncio.sleep(0)
+            gate.open.set()
+            await closing
+            assert right(await first, 0.9)
+            with pytest.raises(EngineUnavailable, match="stopping"):
+                await waiting
+
+    asyncio.run(scene())
+
+
+def test_a_rescan_takes_new_versions_keeps_what_runs_and_survives_a_bad_one(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            gate.open.set()
+            write_tiny_entry(tmp_path, size=16, versions=("1", "2"))
+            write_tiny_entry(tmp_path, "second")
+            await running.rescan()
+            assert running._models["tiny"].batchers["1"].runner is gate
+            assert running.models()["tiny"].default_version == "2"
+            assert (await running.infer(job(0.5, version="2")))["HIDDEN"][0, 3] == pytest.approx(0.51)
+            (tmp_path / "tiny" / "config.pbtxt").write_text("nonsense")
+            (tmp_path / "second" / "config.pbtxt").unlink()
+            await running.rescan()
+            status = running.models()["tiny"]
+            assert status.entry is not None
+            assert "an older state of it is served" in (status.reason or "")
+            assert right(await running.infer(job(0.5)), 0.5)
+            assert list(running.models()) == ["tiny"]
+
+    asyncio.run(scene())
+
+
+def test_an_entry_whose_weights_changed_is_refused_and_the_others_serve(tmp_path: Path) -> None:
+    async def scene() -> None:
+        path = write_tiny_entry(tmp_path, "bad", size=16) / "1" / "model.pt"
+        path.write_bytes(path.read_bytes()[:-1])
+        async with engine(tmp_path) as (running, gate):
+            gate.open.set()
+            assert "sha256" in (running.models()["bad"].reason or "")
+            assert right(await running.infer(job(0.5)), 0.5)
+
+    asyncio.run(scene())
