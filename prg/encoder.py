@@ -30,6 +30,8 @@ class EncoderConfig:
             raise ValueError(f"unknown path {self.path!r}: choose one of {', '.join(PATHS)}")
         if self.solver not in TABLEAUS:
             raise ValueError(f"unknown solver {self.solver!r}: choose one of {', '.join(TABLEAUS)}")
+        if self.steps < 1 or not self.layers:
+            raise ValueError(f"steps = {self.steps}, layers = {self.layers}: at least one of each is needed")
 
     @property
     def nfe(self) -> int:

@@ -8,9 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from prg.classifier import HeadConfig
 from prg.encoder import EncoderConfig
-from prg.unet import PRESETS, UNetConfig
+from prg.unet import PRESETS, UNet, UNetConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -136,6 +138,9 @@ class Recipe:
             )
         if self.image.resize < self.image.size:
             raise ValueError(f"image.resize = {self.image.resize} is below image.size = {self.image.size}")
+        with torch.device("meta"):  # shapes alone, to know the names of its blocks
+            net = UNet(self.unet)
+        net.block_numbers(self.encoder.layers)
 
     @property
     def unet(self) -> UNetConfig:

@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prg-serve: {error}", file=sys.stderr)
         return 2
     configure_logs()
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     address = f"http://{settings.host}:{settings.port}"
     print(f"loading {settings.model_repository}, then serving on {address}", file=sys.stderr)
     uvicorn.run(

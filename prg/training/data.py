@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entry.config import ImageSpec
@@ -56,7 +57,10 @@ def splits(source: str) -> dict[str, Source]:
     folder = Path(source)
     if folder.is_dir():
         parquet = sorted(folder.rglob("*.parquet"))
-        found = _parquet_splits(parquet) if parquet else _image_folder(folder)
+        try:
+            found = _parquet_splits(parquet) if parquet else _image_folder(folder)
+        except pa.ArrowException as error:
+            raise DataError(f"{source}: not readable as parquet ({error})") from None
     elif folder.is_absolute() or source.startswith((".", "~")) or folder.exists():
         raise DataError(f"{source}: no such folder")
     else:
@@ -97,8 +101,8 @@ def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images
     """
     if images.labels is None:
         raise DataError(f"{where}: no labels")
-    if len(images.classes) == len(trained) and not set(images.classes) & set(trained):
-        return Images(images.pixels, images.labels, trained)  # the same classes under the names served
+    if len(images.classes) == len(trained) and all(name.isdecimal() for name in images.classes):
+        return Images(images.pixels, images.labels, trained)  # data that numbers its classes, but names none
     unknown = [c for c in images.classes if c not in trained]
     if unknown:
         raise DataError(f"{where}: classes that training never saw: {', '.join(unknown)}")
@@ -176,6 +180,7 @@ def _parquet(files: list[Path]) -> Source:
 def _image_folder(folder: Path) -> dict[str, Source]:
     import datasets
 
+    datasets.disable_progress_bars()  # it only lists the files; decoding has a bar of its own
     try:
         found = datasets.load_dataset("imagefolder", data_dir=str(folder))
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError) as error:

@@ -32,9 +32,8 @@ def finetune(run: Run, init: Path | None = None) -> None:
     init: the pretraining checkpoint to begin from; by default the run's own.
     """
     job = finetuning_job(run, init or run.pretrained)
-    trainer = train(job)
-    with trainer.averaged():
-        figures.loss_curve(job.folder)
+    train(job)
+    figures.loss_curve(job.folder)
 
 
 def finetuning_job(run: Run, init: Path) -> Job:

@@ -1,0 +1,76 @@
+"""Checkpoints: whole or absent, and refused with the path and the fix."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from prg.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_strictly, save_checkpoint
+
+FACTS = {"kind": "pretrain", "step": 3, "name": "ä"}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "c.safetensors"
+    tensors = {
+        "model.w": torch.randn(3, 4).t(),
+        "average.w": torch.zeros(()),
+        "model.b": torch.ones(2).bfloat16(),
+    }
+    save_checkpoint(path, Checkpoint(tensors, FACTS))
+    found = load_checkpoint(path, "pretrain")
+    assert found.facts == FACTS
+    assert found.tensors.keys() == tensors.keys()
+    assert all(torch.equal(found.tensors[k], v) for k, v in tensors.items())
+    assert found.part("model").keys() == {"w", "b"}
+
+
+def test_an_interrupted_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, Checkpoint({"w": torch.ones(1)}, FACTS))
+
+    def fail(_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(path, Checkpoint({"w": torch.zeros(1)}, FACTS))
+    assert load_checkpoint(path, "pretrain").tensors["w"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_can_not_be_used_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(
+        CheckpointError, match=r"c\.safetensors: no such checkpoint; make it with `prg finetune`"
+    ):
+        load_checkpoint(path, "finetune")
+    path.write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="not a readable safetensors"):
+        load_checkpoint(path, "finetune")
+    save_file({"w": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint written by prg"):
+        load_checkpoint(path, "finetune")
+    save_checkpoint(path, Checkpoint({}, FACTS))
+    with pytest.raises(CheckpointError, match="of `prg pretrain`, where one of `prg finetune` is needed"):
+        load_checkpoint(path, "finetune")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path, "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"weight": torch.ones(2, 2)}, "bias: missing"),
+        ({"weight": torch.ones(2, 2), "bias": torch.ones(3)}, r"bias: \(3,\) in the file, \(2,\)"),
+        (
+            {"weight": torch.ones(2, 2), "bias": torch.ones(2), "other": torch.ones(1)},
+            "other: not in this network",
+        ),
+    ],
+)
+def test_loading_is_strict(tensors: dict[str, torch.Tensor], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        load_strictly(torch.nn.Linear(2, 2), tensors, Path("c.safetensors"))

@@ -1,0 +1,83 @@
+"""Recipes: typed, complete, and refused before any work begins."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from prg.recipe import RecipeError, load_recipe, parse_recipe, recipe_table, shipped_recipes
+
+MINIMAL = """
+about = "mine"
+network = "tiny16"
+image = {size = 16, resize = 16}
+[pretrain]
+epochs = 1
+[finetune]
+epochs = 1
+"""
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.about
+    assert parse_recipe(recipe_table(recipe), name) == recipe
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("colour = 1", "colour"),
+        ("[pretrain]\nlearning_rate = 1", "pretrain.learning_rate"),
+        ("seed = 'one'", "seed"),
+        ("network = 'huge'", "network = 'huge'"),
+        ("[image]\nsize = 32", "image.size = 32"),
+        ("[pretrain]\nlr = -1", "lr = -1"),
+        ("[finetune]\nt_end = [1.0]", "t_end"),
+        ("[finetune]\nt_end = []", "t_end"),
+        ("[encoder]\nsolver = 'rk5'", "rk5"),
+        ("[encoder]\nsteps = 0", "steps"),
+        ("[encoder]\nlayers = []", "layers"),
+        ("[encoder]\nlayers = ['top']", "unknown layers ['top']: this network has input_blocks.0"),
+        ("[pretrain]\nepochs = true", "pretrain.epochs"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, line: str, named: str) -> None:
+    table = tomllib.loads(MINIMAL)
+    for key, value in tomllib.loads(line).items():
+        table[key] = {**table.get(key, {}), **value} if isinstance(value, dict) else value
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(table, "mine.toml")
+    assert "mine.toml" in str(error.value)
+    assert named in str(error.value)
+
+
+def test_an_unknown_key_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL + "weight_decai = 1\n")
+    with pytest.raises(RecipeError, match=r"finetune\.weight_decai.*known keys: .*weight_decay"):
+        load_recipe(str(path))
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL)
+    recipe = load_recipe(str(path), ["seed=7", "finetune.t_end=[0.5, 0.6]", "data.source=some/dataset"])
+    assert (recipe.seed, recipe.finetune.t_end, recipe.data.source) == (7, (0.5, 0.6), "some/dataset")
+    for bad in ("seed", "seed.x=1", "nothing=1"):
+        with pytest.raises(RecipeError):
+            load_recipe(str(path), [bad])
+
+
+@pytest.mark.parametrize("name", ["none", "none.toml"])
+def test_a_recipe_that_is_not_there(name: str) -> None:
+    with pytest.raises(RecipeError, match="none"):
+        load_recipe(name)
+
+
+def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("= 3")
+    with pytest.raises(RecipeError, match="not valid toml"):
+        load_recipe(str(path))

@@ -1,0 +1,162 @@
+"""Training: the same whatever interrupts it."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from workshop import image_folder, overrides
+
+from prg.checkpoint import CheckpointError, load_checkpoint
+from prg.cli import main
+from prg.recipe import Pretrain
+from prg.training import loop
+from prg.training.loop import batch_at, learning_rate
+from prg.training.precision import choose_precision
+
+PATIENT = (
+    "import prg.training.loop as l, prg.cli, sys; l.SAVE_EVERY_S = 0; sys.exit(prg.cli.main(sys.argv[1:]))"
+)
+"""The command, saving after every step."""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("data") / "photos")
+
+
+def pretraining(run: Path, photos: Path, *more: str) -> list[str]:
+    return ["pretrain", str(run), "--recipe", "images-32", "--data", str(photos), *overrides(*more)]
+
+
+def step_of(run: Path) -> int:
+    try:
+        step: int = load_checkpoint(run / "pretrain" / "checkpoint.safetensors", "pretrain").facts["step"]
+    except CheckpointError:
+        return 0
+    return step
+
+
+def interrupted(command: list[str], run: Path, number: signal.Signals) -> int:
+    """Start the command, send the signal once it is under way; its exit status."""
+    begun = step_of(run)
+    process = subprocess.Popen([sys.executable, "-c", PATIENT, *command], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while step_of(run) < begun + 5:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process.wait(30)
+
+
+def test_a_run_killed_and_resumed_is_the_run_that_was_not(tmp_path: Path, photos: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    epochs = "pretrain.epochs=30"
+    assert main(pretraining(whole, photos, epochs)) == 0
+    assert interrupted(pretraining(killed, photos, epochs), killed, signal.SIGKILL) == -signal.SIGKILL
+    reached = step_of(killed)
+    assert interrupted(["pretrain", str(killed)], killed, signal.SIGTERM) == 130
+    assert reached <= step_of(killed) < 180
+    assert main(["pretrain", str(killed)]) == 0
+    a, b = (load_checkpoint(r / "pretrain" / "checkpoint.safetensors", "pretrain") for r in (whole, killed))
+    assert a.facts["step"] == b.facts["step"] == 180
+    assert a.tensors.keys() == b.tensors.keys()
+    assert [k for k in a.tensors if not torch.equal(a.tensors[k], b.tensors[k])] == []
+    lines = [json.loads(line) for line in (killed / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps))
+    for name in ("curves.png", "samples.png", "trajectory.png"):
+        assert (killed / "pretrain" / name).stat().st_size > 1000
+
+
+def test_other_settings_are_not_mixed_into_a_run(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(pretraining(tmp_path, photos, "pretrain.epochs=1")) == 0
+    assert main(pretraining(tmp_path, photos, "pretrain.epochs=1", "pretrain.lr=0.5")) == 1
+    assert "pretrain.lr was 0.001, is 0.5" in capsys.readouterr().err
+    assert main(["finetune", str(tmp_path), "--recipe", "images-64", "--data", str(photos)]) == 1
+    assert "network was 'tiny16', is 'small64'" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+    real = loop.Trainer.loss
+
+    def spoiled(self: loop.Trainer, step: int, precision: loop.Precision) -> torch.Tensor:
+        return real(self, step, precision) * (math.nan if step == 4 else 1)
+
+    monkeypatch.setattr(loop.Trainer, "loss", spoiled)
+    assert main(pretraining(tmp_path, photos)) == 1
+    assert "the loss is nan at step 4" in capsys.readouterr().err
+    assert step_of(tmp_path) == 4
+
+
+def test_batches_of_an_epoch_are_a_permutation() -> None:
+    for epoch in range(2):
+        seen = np.concatenate([batch_at(24, 8, 5, 3 * epoch + i) for i in range(3)])
+        assert sorted(seen) == list(range(24))
+    assert not np.array_equal(batch_at(24, 8, 5, 0), batch_at(24, 8, 5, 3))
+    assert sorted(batch_at(5, 8, 5, 2)) == list(range(5))
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = Pretrain(epochs=1, lr=1.0, lr_min=0.1, warmup=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "kept", "chosen"),
+    [
+        (0.02, 0.002, None, "bf16"),
+        (0.002, 0.02, None, "fp32"),
+        (0.02, 0.019, None, "fp32"),
+        (0.02, 0.019, "bf16", "bf16"),
+        (0.002, 0.02, "bf16", "fp32"),
+    ],
+)
+def test_precision_is_what_is_faster_here(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fp32: float,
+    bf16: float,
+    kept: str,
+    chosen: str,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("prg.training.precision.time.perf_counter", lambda: now)
+    monkeypatch.setattr("prg.training.precision._bf16_is_usable", lambda device: True)
+    model = torch.nn.Linear(1, 1)
+
+    def loss(precision: str) -> torch.Tensor:
+        nonlocal now
+        now += fp32 if precision == "fp32" else bf16
+        return model(torch.ones(1)).sum()
+
+    assert choose_precision(loss, model, kept) == chosen  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert f"precision: {chosen}" in said
+    assert ("changed from bf16" in said) == (kept == "bf16" and chosen == "fp32")
+
+
+def test_a_missing_checkpoint_names_path_and_fix(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = pretraining(tmp_path, photos)
+    assert main(["finetune", *command[1:]]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "pretrain" / "checkpoint.safetensors") in error
+    assert "prg pretrain" in error

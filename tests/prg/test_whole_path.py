@@ -1,0 +1,166 @@
+"""From a folder of images to a served entry, by the commands a user types."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+from workshop import image_folder, overrides
+
+from entry.config import read_entry
+from entry.images import load_image
+from entry.runner import Runner
+from prg.cli import main
+from prg.training.finetune import load_finetuned
+from prg.training.run import open_run
+from service.app import create_app
+from service.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """A run that is pretrained and fine-tuned."""
+    folder = tmp_path_factory.mktemp("run") / "mine"
+    assert main(["pretrain", str(folder), "--recipe", "images-32", "--data", str(photos), *overrides()]) == 0
+    assert main(["finetune", str(folder)]) == 0
+    return folder
+
+
+def figures(printed: str) -> dict[str, float]:
+    table: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return table
+
+
+def test_measured_accuracy_is_served_accuracy(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run)]) == 0
+    of_run = figures(capsys.readouterr().out)
+    assert of_run["images"] == 60
+    assert of_run["top1"] > 0.9
+    entry = tmp_path / "models" / "mine"
+    assert main(["export", str(run), str(entry)]) == 0
+    assert main(["evaluate", str(entry), "--data", str(photos), "--write"]) == 0
+    assert figures(capsys.readouterr().out) == of_run
+    assert f"{of_run['top1']:.4f}" in (entry / "MODEL_CARD.md").read_text()
+    with TestClient(create_app(Settings(model_repository=entry.parent))) as client:
+        assert client.get("/models/mine").json()["accuracy"] == [of_run]
+        right = 0
+        for name in ("red", "green", "blue"):
+            paths = sorted((photos / "test" / name).iterdir())
+            files = [("files", (p.name, p.read_bytes())) for p in paths]
+            items = client.post("/classify", files=files, params={"top_k": 1}).json()["data"]
+            right += sum(item["predictions"][0]["label"] == name for item in items)
+        assert right / 60 == of_run["top1"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--compact"], ["--precision", "bf16"], ["--precision", "fp16"]])
+def test_the_entry_answers_as_the_trained_model(run: Path, tmp_path: Path, flags: list[str]) -> None:
+    directory = tmp_path / "mine"
+    assert main(["export", str(run), str(directory), *flags]) == 0
+    entry = read_entry(directory)
+    model, _ = load_finetuned(open_run(run, None))
+    model.eval()
+    spec = entry.prg.image
+    pixels = np.random.default_rng(2).integers(0, 256, (4, 3, 16, 16), np.uint8)
+    levels = np.array([1, 0.8, 0.3, 0], np.float32)
+    x = (torch.from_numpy(pixels) / 255 - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[
+        :, None, None
+    ]
+    with torch.inference_mode():
+        expected = [t.numpy() for t in model(x, torch.from_numpy(levels))]
+    found = Runner(directory).run(pixels, levels)
+    for a, b in zip((found.state, found.hidden, found.logits), expected, strict=True):
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert cosine.min() > entry.prg.tolerance.cosine
+
+
+def test_compact_entries_are_smaller(run: Path, tmp_path: Path) -> None:
+    sizes = []
+    for flags in ([], ["--compact"]):
+        directory = tmp_path / f"entry{len(flags)}"
+        assert main(["export", str(run), str(directory), *flags]) == 0
+        sizes.append((directory / "1" / "model.pt").stat().st_size)
+    assert sizes[1] < 0.65 * sizes[0]
+
+
+def test_versions_share_what_they_must(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "mine"
+    for version in ("1", "2"):
+        assert main(["export", str(run), str(directory)]) == 0
+        assert read_entry(directory).default_version == version
+    before = (directory / "config.pbtxt").read_bytes()
+    assert main(["export", str(run), str(directory), "--stage", "pretrain"]) == 1
+    error = capsys.readouterr().err
+    assert "labels" in error
+    assert "Export under a new name" in error
+    assert (directory / "config.pbtxt").read_bytes() == before
+    assert sorted(p.name for p in directory.iterdir()) == ["1", "2", "MODEL_CARD.md", "config.pbtxt"]
+
+
+def test_a_folder_that_is_something_else_is_not_touched(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["export", str(run), str(tmp_path)]) == 1
+    assert "is no entry" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_pretrained_model_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "features"
+    assert main(["export", str(run), str(directory), "--stage", "pretrain"]) == 0
+    entry = read_entry(directory)
+    assert list(entry.outputs()) == ["STATE", "HIDDEN"]
+    image = Image.new("RGB", (16, 16), "red")
+    image.save(tmp_path / "a.png")
+    pixels = load_image((tmp_path / "a.png").read_bytes(), entry.prg.image)
+    assert Runner(directory).run(pixels[None], np.ones(1, np.float32)).state.shape == (1, 768)
+    assert main(["evaluate", str(directory), "--data", str(tmp_path)]) == 1
+    capsys.readouterr()
+
+
+def test_the_dry_run_trains_nothing(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--recipe", "images-32", "--data", str(photos), "--dry-run", *overrides()]
+    for stage in ("pretrain", "finetune"):
+        assert main([stage, str(tmp_path / "new"), *command]) == 0
+        printed = capsys.readouterr().out
+        assert '"network": "tiny16"' in printed
+        for words in ("parameters", "GFLOP an evaluation", f"{stage}: 48 images", "hours"):
+            assert words in printed
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["pretrain", "RUN"], "begin one with --recipe"),
+        (["pretrain", "RUN", "--recipe", "images-33"], "images-32"),
+        (["pretrain", "RUN", "--recipe", "images-32"], "--data"),
+        (["pretrain", "RUN", "--recipe", "images-32", "--data", "/none"], "/none"),
+        (["finetune", "RUN"], "recipe.json"),
+        (["evaluate", "RUN"], "RUN"),
+        (["export", "RUN", "RUN"], "recipe.json"),
+    ],
+)
+def test_errors_are_explained(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("prg: ")
+    assert named in error
+    assert "Traceback" not in error
