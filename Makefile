@@ -45,6 +45,10 @@ check: .venv/.setup ## format, lint, types, import rules
 	$(RUN)mypy
 	$(RUN)lint-imports
 
+bench: .venv/.setup ## measure the extractor and the gateway on this machine
+	PYTHONPATH=. $(RUN)python benchmarks/extractor.py
+	PYTHONPATH=. $(RUN)python benchmarks/gateway.py
+
 format: .venv/.setup ## rewrite the code to the one format
 	$(RUN)ruff format .
 	$(RUN)ruff check --fix .

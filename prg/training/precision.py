@@ -1,4 +1,4 @@
-"""fp32 or bf16, by timing both here: on some processors bf16 is 500 times slower, on others thrice as fast."""
+"""fp32 or bf16, by timing both here: which is faster depends on the processor, by orders of magnitude."""
 
 import math
 import sys
