@@ -133,6 +133,8 @@ class Entry:
 
     name: str
     prg: Prg
+    max_batch_size: int = MAX_BATCH_SIZE
+    """Most rows of one call to Triton."""
 
     @property
     def has_head(self) -> bool:
@@ -182,15 +184,18 @@ def prg_json(prg: Prg) -> str:
 def entry_from_config(config: ModelConfig, where: str) -> Entry:
     """An entry from Triton's message, which is what its model-config call gives out.
 
-    Checks everything both engines rely on. Raises EntryError naming `where` and the field.
+    Checks names, types, dims and keys, which is all that a caller of Triton relies on: how it is computed
+    there is Triton's own business. Raises EntryError naming `where` and the field.
     """
     if "prg" not in config.parameters:
         raise EntryError(f'{where}: no parameter "prg", so this is no entry of ours; {REMEDY}')
     prg = parse_prg(config.parameters["prg"].string_value, where)
-    entry = Entry(config.name, prg)
+    entry = Entry(config.name, prg, config.max_batch_size)
     wanted = to_config(entry)
-    for field in ("platform", "max_batch_size"):
-        _same(getattr(config, field), getattr(wanted, field), where, field)
+    if entry.max_batch_size < 1:
+        raise EntryError(
+            f"{where}: max_batch_size is {entry.max_batch_size}, so it takes no batches; {REMEDY}"
+        )
     for field in ("input", "output"):
         found = {t.name: t for t in getattr(config, field)}
         expected = {t.name: t for t in getattr(wanted, field)}
@@ -203,7 +208,7 @@ def entry_from_config(config: ModelConfig, where: str) -> Entry:
 
 def to_config(entry: Entry) -> ModelConfig:
     """Triton's configuration of an entry."""
-    config = ModelConfig(name=entry.name, platform=PLATFORM, max_batch_size=MAX_BATCH_SIZE)
+    config = ModelConfig(name=entry.name, platform=PLATFORM, max_batch_size=entry.max_batch_size)
     size = entry.prg.image.size
     config.input.add(name="IMAGE", data_type="TYPE_UINT8", dims=[3, size, size])
     config.input.add(name="T_END", data_type="TYPE_FP32", dims=[1])
@@ -244,6 +249,8 @@ def read_entry(directory: Path) -> Entry:
         raise EntryError(f"{path}: not a Triton model configuration ({error}); {REMEDY}") from None
     entry = entry_from_config(config, str(path))
     _same(entry.name, directory.name, str(path), "name (it must be its folder's)")
+    _same(config.platform, PLATFORM, str(path), "platform")
+    _same(config.max_batch_size, MAX_BATCH_SIZE, str(path), "max_batch_size")
     folders = {p.parent.name for p in directory.glob("*/model.pt") if p.parent.name.isdecimal()}
     missing = sorted(entry.prg.versions.keys() - folders)
     if missing:

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service import errors
 from service.auth import Keys, new_key
 from service.engines.embedded import EmbeddedEngine
+from service.engines.triton import TritonEngine
 from service.gateway import Gateway, default_model
 from service.inference import Engine, Inference
 from service.limits import BodyLimit
@@ -49,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
             watch = tasks.create_task(readiness.watch())
             _on_hangup(tasks, gateway)
             log.info(
-                "serving", models={n: "failed" if s.reason else "ready" for n, s in engine.models().items()}
+                "serving", models={n: "ready" if s.ready else "failed" for n, s in engine.models().items()}
             )
             yield
             readiness.stopping = True
@@ -78,6 +79,8 @@ def create_app(settings: Settings) -> FastAPI:
 
 def make_engine(settings: Settings, metrics: Metrics) -> Engine:
     """The engine that PRG_ENGINE names."""
+    if settings.engine == "triton":
+        return TritonEngine(settings.triton_url, settings.chosen_models, metrics)
     return EmbeddedEngine(
         settings.model_repository,
         settings.chosen_models,
@@ -89,7 +92,12 @@ def make_engine(settings: Settings, metrics: Metrics) -> Engine:
 
 
 def check_repository(settings: Settings) -> None:
-    """Refuse at start what no later rescan is meant to mend. Raises SettingsError."""
+    """Refuse at start what no later rescan is meant to mend. Raises SettingsError.
+
+    Under Triton there is nothing to look at: it may come later than this service.
+    """
+    if settings.engine != "embedded":
+        return
     repository = settings.model_repository
     if not repository.is_dir():
         raise SettingsError(f"PRG_MODEL_REPOSITORY={repository}: no such folder")
@@ -149,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     configure_logs()
     disable_created_metrics()  # type: ignore[no-untyped-call]
     address = f"http://{settings.host}:{settings.port}"
-    print(f"loading {settings.model_repository}, then serving on {address}", file=sys.stderr)
+    models = ", ".join(settings.triton_url) if settings.engine == "triton" else settings.model_repository
+    print(f"models from {models}; serving on {address}", file=sys.stderr)
     uvicorn.run(
         app,
         host=settings.host,

@@ -16,6 +16,9 @@ from service.schemas import Options
 from service.settings import Settings
 from service.telemetry import Metrics
 
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C Trace Context."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -53,14 +56,14 @@ class Gateway:
         models = self.engine.models()
         name = options.model or self.default_model()
         status = models.get(name) if name else None
-        if status is None and not options.model:
+        if not models:
             raise overloaded("no model is loaded", 5)
-        if status is None:
-            raise Problem(
-                422, "Unknown model", f"no model {options.model!r} here; there are: {', '.join(models)}"
-            )
-        if status.entry is None:
-            raise overloaded(f"{status.name} can't be served: {status.reason}", 60)
+        if status is None and options.model:
+            there = ", ".join(models)
+            raise Problem(422, "Unknown model", f"no model {options.model!r} here; there are: {there}")
+        if status is None or status.entry is None:
+            reason = status.reason if status else "it is not in the repository"
+            raise overloaded(f"{name} can't be served: {reason}", 5)
         return Chosen(status.entry, _version(status, options.model_version))
 
     async def infer(
@@ -83,6 +86,7 @@ class Gateway:
             output=output,
             due=due,
             priority=priority(request),
+            headers={name: request.headers[name] for name in TRACE_HEADERS if name in request.headers},
             admitted=lambda: self.keys.take(key, len(intake.items)),
         )
         results = await while_connected(request, self.inference.run(work))

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -42,13 +42,14 @@ class DeadlineExceeded(EngineError):
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model as the engine has it: ready with its entry, or failed with a reason."""
+    """A model as the engine has it. A failed one has a reason, and its entry if that is known."""
 
     name: str
     entry: Entry | None
     versions: tuple[str, ...] = ()
     """Those served, ascending."""
     reason: str | None = None
+    ready: bool = True
 
     @property
     def default_version(self) -> str:
@@ -69,6 +70,8 @@ class Job:
     due: float
     """The loop's time after which nobody waits for it."""
     priority: Priority = "interactive"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Passed on to a remote engine: the trace that the request belongs to."""
 
 
 class Engine(Protocol):
@@ -102,6 +105,7 @@ class Work:
     output: str
     due: float
     priority: Priority
+    headers: Mapping[str, str]
     admitted: Callable[[], None]
     """Called once there is room for the request, before anything is spent on it."""
 
@@ -174,6 +178,7 @@ class Inference:
             outputs=(work.output,),
             due=work.due,
             priority=work.priority,
+            headers=work.headers,
         )
         try:
             values = (await self.engine.infer(job))[work.output]

@@ -20,10 +20,12 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PRG_", frozen=True, use_attribute_docstrings=True)
 
-    engine: Literal["embedded"] = "embedded"
-    """Where models run: in this process."""
+    engine: Literal["embedded", "triton"] = "embedded"
+    """Where models run: in this process, or in Triton servers."""
+    triton_url: Annotated[tuple[str, ...], NoDecode] = ("127.0.0.1:8001",)
+    """Comma-separated host:port of the gRPC of one or several Tritons that serve the same models."""
     model_repository: Path = Path("./model_repository")
-    """Folder of the entries that `prg export` writes."""
+    """Folder of the entries that `prg export` writes; the embedded engine reads it."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -41,7 +43,7 @@ class Settings(BaseSettings):
     max_pixels: Positive = 50_000_000
     """Pixels of one image, known from its header before it is decoded."""
     max_batch: Annotated[int, Field(ge=1, le=64)] = 32
-    """Rows (images x levels) that are computed together."""
+    """Rows (images x levels) that the embedded engine computes together."""
     max_delay_ms: Annotated[float, Field(ge=0, le=1000)] = 3
     """How long a batch waits to become full."""
     queue_images: Positive = 512
@@ -53,10 +55,21 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = None
     """TOML with the keys; unset: the service is open."""
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "triton_url", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(filter(None, (v.strip() for v in value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("triton_url")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or "/" in host:
+                raise ValueError(f"{address!r} must be host:port of Triton's gRPC, such as triton:8001")
+        if not value:
+            raise ValueError("at least one host:port of Triton's gRPC is needed, such as triton:8001")
+        return value
 
     @property
     def image_limits(self) -> Limits:

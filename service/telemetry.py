@@ -47,6 +47,10 @@ class Metrics:
             "prg_batch_images", "Rows computed together", ["model"], buckets=BATCHES, registry=r
         )
         self.queued_images = Gauge("prg_queued_images", "Images x levels admitted, not answered", registry=r)
+        self.engine_up = Gauge("prg_engine_up", "1 where a Triton answers", ["address"], registry=r)
+        self.engine_failures = Counter(
+            "prg_engine_failures", "Calls that a Triton failed, retried or not", ["address"], registry=r
+        )
         self.model_ready = Gauge("prg_model_ready", "1 ready, 0 failed", ["model"], registry=r)
         self.ready = Gauge("prg_ready", "1 where /health/ready is good", registry=r)
 

@@ -88,7 +88,7 @@ class EmbeddedEngine:
         for batcher in old:
             await batcher.drain()
         for name, model in self._models.items():
-            self._metrics.model_ready.labels(name).set(bool(model.batchers))
+            self._metrics.model_ready.labels(name).set(model.status.ready)
 
     async def _refreshed(self, name: str, found: Entry | EntryError) -> _Model:
         before = self._models.get(name)
@@ -103,7 +103,7 @@ class EmbeddedEngine:
                 kept = f"an older state of it is served, because: {error}"
                 status = ModelStatus(name, before.status.entry, before.status.versions, kept)
                 return _Model(status, before.batchers)
-            return _Model(ModelStatus(name, None, reason=str(error)))
+            return _Model(ModelStatus(name, None, reason=str(error), ready=False))
         return _Model(ModelStatus(name, found, versions), batchers)
 
     def _versions(self, entry: Entry) -> tuple[str, ...]:

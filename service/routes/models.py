@@ -41,7 +41,7 @@ def describe(status: ModelStatus) -> ModelInfo:
     }
     return ModelInfo(
         name=status.name,
-        state="ready",
+        state="ready" if status.ready else "failed",
         reason=status.reason,
         versions=list(status.versions),
         default_version=status.default_version,

@@ -1,4 +1,4 @@
-"""A running application on a tiny entry, without a network."""
+"""A running application on a tiny entry, over each engine, without a network of its own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,20 +10,45 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from tests.tiny import write_tiny_entry
+from tests.triton.server import TritonServer, find_server
 
 Start = Callable[..., TestClient]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+@pytest.fixture(scope="session")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A real tritonserver on one tiny entry."""
+    if find_server() is None:
+        pytest.skip("no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0")
+    work = tmp_path_factory.mktemp("triton")
+    write_tiny_entry(work / "models")
+    server = TritonServer(work / "models", work).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["embedded", "triton"])
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     """Start the service with these settings; by default on one tiny entry."""
     with ExitStack() as stack:
 
         def run(**settings: object) -> TestClient:
-            if "model_repository" not in settings:
+            if request.param == "triton":
+                settings |= {"engine": "triton", "triton_url": (server(settings).url,)}
+            elif "model_repository" not in settings:
                 settings["model_repository"] = tmp_path / "models"
                 write_tiny_entry(tmp_path / "models")
             return stack.enter_context(TestClient(create_app(Settings(**settings))))  # type: ignore[arg-type]
+
+        def server(settings: dict[str, object]) -> TritonServer:
+            shared: TritonServer = request.getfixturevalue("triton")
+            if "model_repository" not in settings:
+                return shared
+            repository = settings["model_repository"]
+            assert isinstance(repository, Path)
+            own = TritonServer(repository, tmp_path).start()
+            stack.callback(own.stop)
+            return own
 
         yield run
 

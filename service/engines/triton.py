@@ -1,0 +1,311 @@
+"""The Triton engine: models in one or several Triton servers, reached by gRPC."""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferRequestedOutput
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from entry.config import Entry, EntryError, entry_from_config
+from service.inference import (
+    DeadlineExceeded,
+    EngineOverloaded,
+    EngineUnavailable,
+    Job,
+    ModelStatus,
+)
+from service.telemetry import Metrics, log
+
+CHANNEL = [
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # By default a restarted server would not be tried again for up to 15 s.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
+"""All of them, because giving any replaces the client's own defaults."""
+PRIORITIES = {"interactive": 1, "bulk": 2}
+CALL_TIMEOUT_S = 5.0
+"""Of calls that ask for facts, not for inference."""
+LOAD_TIMEOUT_S = 120.0
+WATCH_S = 5.0
+"""How often an address is looked at that answers; one that does not, every WATCH_DOWN_S."""
+WATCH_DOWN_S = 0.25
+SHUNNED_S = (0.5, 1.0, 2.0, 5.0)
+"""How long an address that failed is avoided while another is to be had, by failures in a row."""
+
+
+@dataclass(eq=False)
+class Replica:
+    """One Triton: its client, what it serves, and how it does."""
+
+    address: str
+    client: Any
+    seen: list[tuple[str, str, str, str]] | None = None
+    """Its index as last read (name, version, state, reason); None while it does not answer."""
+    models: dict[str, ModelStatus] = field(default_factory=dict)
+    in_flight: int = 0
+    failures: int = 0
+    shunned_until: float = 0.0
+    doubted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by a failed call, so that the watch looks at once."""
+
+    def failed(self, now: float) -> None:
+        """Avoid it for a while."""
+        self.shunned_until = now + SHUNNED_S[min(self.failures, len(SHUNNED_S) - 1)]
+        self.failures += 1
+        self.doubted.set()
+
+    def worked(self) -> None:
+        """It is good again."""
+        self.failures, self.shunned_until = 0, 0.0
+
+
+class TritonEngine:
+    """Implements service.inference.Engine over tritonclient.grpc.aio; one channel an address."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        chosen: Mapping[str, frozenset[str] | None] | None,
+        metrics: Metrics,
+    ) -> None:
+        self._chosen = chosen
+        self._metrics = metrics
+        self._replicas = [
+            Replica(address, InferenceServerClient(address, channel_args=CHANNEL)) for address in addresses
+        ]
+        self._known: dict[str, ModelStatus] = {}
+        """What was last served, for the time in which no address answers."""
+        self._watches: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Look at every address once, then keep looking; one that is absent is no error."""
+        await asyncio.gather(*(self._look(replica) for replica in self._replicas))
+        self._watches = [asyncio.create_task(self._watch(replica)) for replica in self._replicas]
+
+    async def close(self) -> None:
+        """Close the channels; calls under way are cancelled."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for replica in self._replicas:
+            await replica.client.close()
+
+    def models(self) -> dict[str, ModelStatus]:
+        """All models by name; while no address answers, those that were known, as failed."""
+        found: dict[str, ModelStatus] = {}
+        answering = [replica for replica in self._replicas if replica.seen is not None]
+        for replica in answering:
+            for name, status in replica.models.items():
+                if name not in found or (status.ready and not found[name].ready):
+                    found[name] = status
+        if not answering:
+            addresses = ", ".join(replica.address for replica in self._replicas)
+            gone = f"no Triton answers at {addresses}"
+            found = {
+                n: ModelStatus(n, s.entry, s.versions, gone, ready=False) for n, s in self._known.items()
+            }
+        return dict(sorted(found.items()))
+
+    async def infer(self, job: Job) -> dict[str, np.ndarray]:
+        """The wanted outputs of a job, cut into batches that Triton takes. Raises EngineError."""
+        status = self.models().get(job.model)
+        if status is None or status.entry is None:
+            raise EngineUnavailable(f"no Triton serves {job.model}")
+        size = status.entry.max_batch_size
+        starts = range(0, len(job.images), size)
+        calls = [
+            asyncio.ensure_future(self._batch(status.entry, job, slice(start, start + size)))
+            for start in starts
+        ]
+        try:
+            parts = await asyncio.gather(*calls)
+        finally:
+            for call in calls:
+                call.cancel()
+        return {name: np.concatenate([part[name] for part in parts]) for name in job.outputs}
+
+    async def rescan(self) -> None:
+        """Ask each Triton to load every entry of its index, then read the configurations again."""
+        for replica in self._replicas:
+            try:
+                index = await replica.client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
+                for name in sorted({model.name for model in index.models}):
+                    await self._load(replica, name)
+            except InferenceServerException as error:
+                log.warning("rescan failed", address=replica.address, reason=_text(error))
+            replica.seen = None
+            await self._look(replica)
+
+    async def _load(self, replica: Replica, name: str) -> None:
+        try:
+            await replica.client.load_model(name, client_timeout=LOAD_TIMEOUT_S)
+        except InferenceServerException as error:
+            log.error("entry refused", model=name, address=replica.address, reason=_text(error))
+
+    async def _batch(self, entry: Entry, job: Job, rows: slice) -> dict[str, np.ndarray]:
+        """One call, tried again at another address (or the same, if it is the only one) where one fails."""
+        tried: list[Replica] = []
+        for _ in range(max(2, len(self._replicas))):
+            replica = self._choose(job.model, tried)
+            tried.append(replica)
+            try:
+                answer = await self._call(replica, entry, job, rows)
+            except EngineUnavailable as error:
+                failure = error
+                replica.failed(asyncio.get_running_loop().time())
+                self._metrics.engine_failures.labels(replica.address).inc()
+                log.warning("engine failed", address=replica.address, model=job.model, reason=str(error))
+            else:
+                replica.worked()
+                return answer
+        raise failure
+
+    def _choose(self, model: str, tried: list[Replica]) -> Replica:
+        """The least loaded of those that serve the model and did not fail lately; any, rather than none."""
+        now = asyncio.get_running_loop().time()
+        return min(
+            self._replicas,
+            key=lambda r: (
+                r in tried,
+                r.seen is None or not (r.models.get(model) and r.models[model].ready),
+                r.shunned_until > now,
+                r.in_flight,
+            ),
+        )
+
+    async def _call(self, replica: Replica, entry: Entry, job: Job, rows: slice) -> dict[str, np.ndarray]:
+        images, t_end = np.ascontiguousarray(job.images[rows]), job.t_end[rows, None]
+        inputs = [
+            InferInput("IMAGE", list(images.shape), "UINT8").set_data_from_numpy(images),
+            InferInput("T_END", list(t_end.shape), "FP32").set_data_from_numpy(t_end),
+        ]
+        left = job.due - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise DeadlineExceeded("the deadline passed before the engine was asked")
+        replica.in_flight += 1
+        try:
+            with self._metrics.inference_seconds.labels(job.model).time():
+                result = await replica.client.infer(
+                    job.model,
+                    inputs,
+                    model_version=job.version,
+                    outputs=[InferRequestedOutput(name) for name in job.outputs],
+                    priority=PRIORITIES[job.priority],
+                    timeout=int(left * 1e6),
+                    client_timeout=left,
+                    headers=dict(job.headers) or None,
+                )
+        except InferenceServerException as error:
+            raise meaning(error) from None
+        finally:
+            replica.in_flight -= 1
+        self._metrics.batch_images.labels(job.model).observe(len(images))
+        return {name: _checked(result.as_numpy(name), name, len(images), entry) for name in job.outputs}
+
+    async def _watch(self, replica: Replica) -> None:
+        while True:
+            await asyncio.sleep(WATCH_DOWN_S)
+            if replica.seen is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(replica.doubted.wait(), WATCH_S)
+            replica.doubted.clear()
+            await self._look(replica)
+
+    async def _look(self, replica: Replica) -> None:
+        """Read the index, and the configurations where it changed."""
+        try:
+            index = await replica.client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
+            seen = sorted((m.name, m.version, m.state, m.reason) for m in index.models)
+            if seen != replica.seen:
+                replica.models = await self._read_models(replica, seen)
+                if replica.seen is None:
+                    log.info("engine up", address=replica.address, models=list(replica.models))
+                replica.seen = seen
+                self._known |= {name: status for name, status in self.models().items() if status.entry}
+        except InferenceServerException as error:
+            if replica.seen is not None:
+                log.warning("engine down", address=replica.address, reason=_text(error))
+            replica.seen = None
+        self._metrics.engine_up.labels(replica.address).set(replica.seen is not None)
+        for name, status in self.models().items():
+            self._metrics.model_ready.labels(name).set(status.ready)
+
+    async def _read_models(
+        self, replica: Replica, seen: list[tuple[str, str, str, str]]
+    ) -> dict[str, ModelStatus]:
+        models = {}
+        for name, rows in itertools.groupby(seen, key=lambda row: row[0]):
+            if self._chosen is None or name in self._chosen:
+                models[name] = await self._read_model(replica, name, list(rows))
+                if models[name].entry is None:
+                    log.error(
+                        "entry refused", model=name, address=replica.address, reason=models[name].reason
+                    )
+        return models
+
+    async def _read_model(
+        self, replica: Replica, name: str, rows: list[tuple[str, str, str, str]]
+    ) -> ModelStatus:
+        ready = {version for _, version, state, _ in rows if state == "READY"}
+        if not ready:
+            reasons = "; ".join(sorted({reason.splitlines()[0] for *_, reason in rows if reason}))
+            return ModelStatus(name, None, reason=reasons or "Triton has not loaded it", ready=False)
+        response = await replica.client.get_model_config(name, client_timeout=CALL_TIMEOUT_S)
+        where = f"{replica.address}: {name}"
+        try:
+            entry = entry_from_config(response.config, where)
+            versions = _versions(entry, ready, (self._chosen or {}).get(name), where)
+        except EntryError as error:
+            return ModelStatus(name, None, reason=str(error), ready=False)
+        return ModelStatus(name, entry, versions)
+
+
+def meaning(error: InferenceServerException) -> Exception:
+    """What Triton's error is to a caller of this engine. Its statuses alone do not tell."""
+    status, text = str(error.status()).removeprefix("StatusCode."), _text(error)
+    if status == "UNAVAILABLE" and "maximum queue size" in text.lower():
+        return EngineOverloaded("the model's queue in Triton is full")
+    if status == "DEADLINE_EXCEEDED" or (status == "UNAVAILABLE" and "timeout expired" in text.lower()):
+        return DeadlineExceeded("the model did not answer by the deadline")
+    if status == "INVALID_ARGUMENT":
+        return RuntimeError(f"Triton refused our tensors: {text}")  # our own bug, so a 500
+    return EngineUnavailable(f"Triton failed ({status}: {text})")
+
+
+def _versions(entry: Entry, ready: set[str], chosen: frozenset[str] | None, where: str) -> tuple[str, ...]:
+    """Those served, ascending. Raises EntryError for one that is ready but unknown, or chosen but not ready."""
+    unknown = ready - entry.prg.versions.keys()
+    if unknown:
+        raise EntryError(f"{where}: serves version {min(unknown)}, which prg.versions does not list")
+    missing = set(chosen or ()) - ready
+    if missing:
+        raise EntryError(
+            f"{where}: PRG_MODELS wants version {min(missing)}, ready are: {', '.join(sorted(ready))}"
+        )
+    return tuple(sorted(chosen or ready, key=int))
+
+
+def _checked(array: np.ndarray | None, name: str, count: int, entry: Entry) -> np.ndarray:
+    """Triton does not verify a model's output against its own configuration, so it is done here."""
+    dim = entry.outputs()[name]
+    if array is None or array.dtype != np.float32 or array.shape != (count, dim):
+        found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+        raise EngineUnavailable(f"{entry.name} answered {name} as {found}, promised float32 [{count}, {dim}]")
+    return array
+
+
+def _text(error: InferenceServerException) -> str:
+    return str(error.message()).strip()[:300]

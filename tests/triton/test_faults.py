@@ -1,0 +1,345 @@
+"""What callers see while Triton is killed, stopped, full, slow, broken or absent. Every server is real."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service import readiness
+from service.app import create_app
+from service.settings import Settings
+from tests.tiny import png, write_tiny_entry
+from tests.triton.server import TritonServer, find_server
+
+pytestmark = pytest.mark.skipif(
+    find_server() is None, reason="no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0"
+)
+DEADLINE_S = 5.0
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+Serve = Callable[..., TritonServer]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start a server on a repository (by default one tiny entry)."""
+    servers = []
+
+    def run(repository: Path | None = None, start: bool = True) -> TritonServer:
+        if repository is None:
+            repository = tmp_path / "models"
+            if not repository.exists():
+                write_tiny_entry(repository)
+        work = tmp_path / f"server-{len(servers)}"
+        work.mkdir()
+        servers.append(TritonServer(repository, work))
+        return servers[-1].start() if start else servers[-1]
+
+    yield run
+    for server in servers:
+        server.kill()
+
+
+@asynccontextmanager
+async def gateway(*servers: TritonServer, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """The gateway over these servers, in this loop."""
+    addresses = tuple(server.url for server in servers)
+    settings = {"engine": "triton", "triton_url": addresses, "request_timeout_s": DEADLINE_S, **settings}
+    app = create_app(Settings(**settings))
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://g") as http,
+    ):
+        http.app = app  # type: ignore[attr-defined]
+        yield http
+
+
+@dataclass
+class Seen:
+    """What callers saw: when each request began and ended, its status, what was wrong with it."""
+
+    rows: list[tuple[float, float, int]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def statuses(self, since: float = 0, until: float = 1e18) -> set[int]:
+        return {status for begun, _, status in self.rows if since <= begun < until}
+
+    def add(self, begun: float, response: httpx.Response, colour: tuple[int, int, int]) -> None:
+        ended = time.monotonic()
+        self.rows.append((begun, ended, response.status_code))
+        if ended - begun > DEADLINE_S + 0.5:
+            self.wrong.append(f"took {ended - begun:.1f} s")
+        if response.status_code == 200:
+            found = response.json()["data"][0]["embedding"]
+            if found != pytest.approx([*(c / 255 for c in colour), 0.8], abs=1e-5):
+                self.wrong.append(f"{colour} was answered {found}")
+        elif response.status_code != 503 or int(response.headers.get("retry-after", 0)) < 1:
+            self.wrong.append(f"{response.status_code}: {response.text}")
+
+
+@asynccontextmanager
+async def load(http: httpx.AsyncClient, callers: int = 16) -> AsyncIterator[Seen]:
+    """Callers that send one image after the other, for as long as the context lasts."""
+    seen = Seen()
+    stop = asyncio.Event()
+
+    async def caller(number: int) -> None:
+        colour = COLOURS[number % len(COLOURS)]
+        image = png(colour)
+        while not stop.is_set():
+            begun = time.monotonic()
+            response = await http.post("/embed", content=image, headers={"content-type": "image/png"})
+            seen.add(begun, response, colour)
+            await asyncio.sleep(0.02)
+
+    tasks = [asyncio.create_task(caller(n)) for n in range(callers)]
+    try:
+        yield seen
+    finally:
+        stop.set()
+        await asyncio.gather(*tasks)
+
+
+async def embed(http: httpx.AsyncClient, **headers: str) -> httpx.Response:
+    """One image."""
+    headers = {"content-type": "image/png", **{k.replace("_", "-"): v for k, v in headers.items()}}
+    return await http.post("/embed", content=png(), headers=headers)
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], seconds: float) -> float:
+    """Until it is true; the seconds that took."""
+    begun = time.monotonic()
+    while not await check():
+        assert time.monotonic() - begun < seconds, "did not come true"
+        await asyncio.sleep(0.02)
+    return time.monotonic() - begun
+
+
+async def answers(http: httpx.AsyncClient) -> bool:
+    return (await embed(http)).status_code == 200
+
+
+async def is_ready(http: httpx.AsyncClient) -> bool:
+    return (await http.get("/health/ready")).status_code == 200
+
+
+def report(fact: str, seconds: float) -> None:
+    """A measured figure, for the operations page: shown with pytest -s."""
+    print(json.dumps({"fault": fact, "seconds": round(seconds, 2)}), file=sys.stderr)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_server_that_goes_and_comes_back(serve: Serve, how: str) -> None:
+    server = serve()
+
+    async def scene() -> None:
+        async with gateway(server) as http, load(http) as seen:
+            await asyncio.sleep(1)
+            gone = time.monotonic()
+            await asyncio.to_thread(getattr(server, how))
+            await asyncio.sleep(1)
+            server.start(wait=False)
+            await asyncio.to_thread(server.wait_ready)
+            back = time.monotonic()
+            resumed = await eventually(lambda: answers(http), 10)
+            report(f"{how}: from Triton being ready to an answer", resumed)
+            await asyncio.sleep(2)
+        assert seen.wrong == []
+        assert seen.statuses(until=gone - 0.5) == {200}
+        assert 503 in seen.statuses(gone, back)
+        assert seen.statuses(back + resumed + 1) == {200}
+        await asyncio.sleep(0)
+
+    asyncio.run(scene())
+
+
+def test_one_of_two_is_killed(serve: Serve) -> None:
+    first, second = serve(), serve()
+
+    async def scene() -> None:
+        async with gateway(first, second) as http, load(http) as seen:
+            await asyncio.sleep(1)
+            killed = time.monotonic()
+            await asyncio.to_thread(first.kill)
+            await asyncio.sleep(3)
+            text = (await http.get("/metrics")).text
+            assert f'prg_engine_up{{address="{first.url}"}} 0.0' in text
+            assert f'prg_engine_up{{address="{second.url}"}} 1.0' in text
+        assert seen.wrong == []
+        failed = [begun - killed for begun, _, status in seen.rows if status != 200]
+        report("one of two killed: from the kill to the last failed request", max(failed, default=0))
+        assert seen.statuses(killed + 1) == {200}
+        assert len([r for r in seen.rows if r[0] > killed + 1]) > 20
+
+    asyncio.run(scene())
+
+
+def test_both_of_two_share_the_load(serve: Serve) -> None:
+    servers = [serve(), serve()]
+
+    async def scene() -> None:
+        async with gateway(*servers) as http, load(http):
+            await asyncio.sleep(2)
+
+    asyncio.run(scene())
+    counts = [server.counters("nv_inference_count")["tiny"] for server in servers]
+    assert min(counts) > 0.25 * sum(counts)
+
+
+def test_a_full_queue(serve: Serve, tmp_path: Path) -> None:
+    path = write_tiny_entry(tmp_path / "models") / "config.pbtxt"
+    path.write_text(path.read_text().replace("max_queue_size: 256", "max_queue_size: 2"))
+    server = serve()
+
+    async def scene() -> None:
+        async with gateway(server) as http:
+            await eventually(lambda: is_ready(http), 10)
+            (path.parent / "slow-ms").write_text("400")
+            responses = await asyncio.gather(*(embed(http) for _ in range(12)))
+            refused = [r for r in responses if r.status_code == 503]
+            assert {r.status_code for r in responses} == {200, 503}
+            assert all("queue in Triton is full" in r.json()["detail"] for r in refused)
+            assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
+            assert await is_ready(http)
+            assert (
+                f'prg_rejections_total{{reason="engine queue"}} {len(refused)}.0'
+                in (await http.get("/metrics")).text
+            )
+            (path.parent / "slow-ms").unlink()
+            assert await answers(http)
+
+    asyncio.run(scene())
+
+
+def test_a_queue_timeout_and_a_slow_model_are_504(serve: Serve) -> None:
+    server = serve()
+    slow = server.repository / "tiny" / "slow-ms"
+
+    async def scene() -> None:
+        async with gateway(server) as http:
+            assert await answers(http)
+            slow.write_text("1500")
+            first = asyncio.create_task(embed(http))
+            await asyncio.sleep(0.3)
+            begun = time.monotonic()
+            queued, running = await asyncio.gather(
+                embed(http, request_timeout="0.5"), embed(http, request_timeout="0.7", priority="bulk")
+            )
+            assert time.monotonic() - begun < 1.2
+            assert (queued.status_code, running.status_code) == (504, 504)
+            assert (await first).status_code == 200
+            alone = await embed(http, request_timeout="0.5")
+            assert alone.status_code == 504
+            slow.unlink()
+            await eventually(lambda: answers(http), 10)
+
+    asyncio.run(scene())
+
+
+def test_a_model_that_does_not_load_and_is_mended(serve: Serve, tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path / "models", "good")
+    path = write_tiny_entry(tmp_path / "models", "bad") / "1" / "model.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    server = serve(start=False)
+    server.start(wait=False)
+
+    async def scene() -> None:
+        await eventually(lambda: asyncio.to_thread(lambda: "Started GRPC" in server.log.read_text()), 30)
+        async with gateway(server, default_model="good") as http:
+            assert (await http.get("/models/bad")).json()["state"] == "failed"
+            await eventually(lambda: is_ready(http), 10)
+            assert await answers(http)
+            path.write_bytes(content)
+            await http.app.state.gateway.engine.rescan()  # type: ignore[attr-defined]
+            assert (await http.get("/models/bad")).json()["state"] == "ready"
+            response = await http.post(
+                "/embed", params={"model": "bad"}, content=png(), headers={"content-type": "image/png"}
+            )
+            assert response.status_code == 200
+
+    asyncio.run(scene())
+
+
+def test_a_dead_stub_while_triton_says_ready(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "FRESH_S", 1.0)
+    monkeypatch.setattr(readiness, "CANARY_EVERY_S", 0.3)
+    server = serve()
+
+    async def scene() -> None:
+        async with gateway(server) as http:
+            await eventually(lambda: is_ready(http), 10)
+            for pid in server.stubs():
+                os.kill(pid, signal.SIGKILL)
+            response = await embed(http)
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) >= 1
+
+            async def says_no() -> bool:
+                return not await is_ready(http)
+
+            await eventually(says_no, 10)
+            assert server.ready()
+            assert (await http.get("/health/live")).status_code == 200
+
+    asyncio.run(scene())
+
+
+def test_absent_at_start(serve: Serve) -> None:
+    server = serve(start=False)
+
+    async def scene() -> None:
+        async with gateway(server) as http:
+            assert (await http.get("/health/live")).status_code == 200
+            assert not await is_ready(http)
+            assert (await http.get("/models")).json() == {"data": []}
+            for params in ({}, {"model": "tiny"}):
+                response = await http.post(
+                    "/embed", params=params, content=png(), headers={"content-type": "image/png"}
+                )
+                assert response.status_code == 503
+                assert int(response.headers["retry-after"]) >= 1
+            server.start(wait=False)
+            await asyncio.to_thread(server.wait_ready)
+            report(
+                "absent at start: from Triton being ready to an answer",
+                await eventually(lambda: answers(http), 10),
+            )
+            await eventually(lambda: is_ready(http), 15)
+
+    asyncio.run(scene())
+
+
+def test_a_caller_that_hangs_up_cancels_the_call(serve: Serve) -> None:
+    server = serve()
+
+    async def scene() -> None:
+        async with gateway(server) as http:
+            assert await answers(http)
+            (server.repository / "tiny" / "slow-ms").write_text("1000")
+            busy = asyncio.create_task(embed(http))
+            await asyncio.sleep(0.2)
+            before = server.counters("nv_inference_count")["tiny"]
+            gone = [asyncio.create_task(embed(http)) for _ in range(5)]
+            await asyncio.sleep(0.2)
+            for task in gone:
+                task.cancel()
+            await asyncio.gather(*gone, return_exceptions=True)
+            assert http.app.state.gateway.engine._replicas[0].in_flight == 1  # type: ignore[attr-defined]
+            assert (await busy).status_code == 200
+            (server.repository / "tiny" / "slow-ms").unlink()
+            assert await answers(http)
+            await asyncio.sleep(0.5)
+            assert server.counters("nv_inference_count")["tiny"] - before <= 2
+
+    asyncio.run(scene())
