@@ -18,7 +18,9 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """Every field is read from PRG_<NAME>."""
 
-    model_config = SettingsConfigDict(env_prefix="PRG_", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="PRG_", frozen=True, env_ignore_empty=True, use_attribute_docstrings=True
+    )
 
     engine: Literal["embedded", "triton"] = "embedded"
     """Where models run: in this process, or in Triton servers."""

@@ -46,7 +46,7 @@ class TritonPythonModel:
             count = first.shape()[0]
             tensors = [
                 pb_utils.Tensor.from_dlpack(spec["name"], tensor[row : row + count].contiguous())
-                for spec, tensor in zip(self.config["output"], outputs, strict=True)
+                for spec, tensor in zip(self.config["output"], outputs, strict=False)
                 if spec["name"] in wanted
             ]
             responses.append(pb_utils.InferenceResponse(tensors))

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,34 +19,11 @@ from service import readiness
 from service.app import create_app
 from service.settings import Settings
 from tests.tiny import png, write_tiny_entry
-from tests.triton.server import TritonServer, find_server
+from tests.triton.conftest import Serve
+from tests.triton.server import TritonServer
 
-pytestmark = pytest.mark.skipif(
-    find_server() is None, reason="no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0"
-)
 DEADLINE_S = 5.0
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-Serve = Callable[..., TritonServer]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Start a server on a repository (by default one tiny entry)."""
-    servers = []
-
-    def run(repository: Path | None = None, start: bool = True) -> TritonServer:
-        if repository is None:
-            repository = tmp_path / "models"
-            if not repository.exists():
-                write_tiny_entry(repository)
-        work = tmp_path / f"server-{len(servers)}"
-        work.mkdir()
-        servers.append(TritonServer(repository, work))
-        return servers[-1].start() if start else servers[-1]
-
-    yield run
-    for server in servers:
-        server.kill()
 
 
 @asynccontextmanager

@@ -1,0 +1,267 @@
+"""The Triton engine beside the embedded one, on a real tritonserver serving the very same entries."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.utils import InferenceServerException
+
+from entry.config import read_entry, write_entry
+from entry.runner import Runner
+from prg.classifier import Classifier, HeadConfig
+from prg.encoder import Encoder, EncoderConfig
+from prg.export import Export, export
+from prg.unet import PRESETS, UNet
+from service.engines.triton import Replica, TritonEngine, meaning
+from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
+from service.telemetry import Metrics
+from tests.tiny import write_tiny_entry
+from tests.triton.conftest import Serve
+from tests.triton.server import TritonServer
+
+
+@asynccontextmanager
+async def engine(*servers: TritonServer, chosen: Any = None) -> AsyncIterator[TritonEngine]:
+    running = TritonEngine([server.url for server in servers], chosen, Metrics())
+    await running.start()
+    try:
+        yield running
+    finally:
+        await running.close()
+
+
+def job(
+    name: str, images: np.ndarray, t_end: np.ndarray, *outputs: str, version: str = "1", **more: Any
+) -> Job:
+    return Job(name, version, images, t_end.astype(np.float32), outputs, due=1e6, **more)
+
+
+def random_images(count: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
+
+
+def write_real_entry(directory: Path, head: bool) -> None:
+    """An exported network, its weights random and none of them zero."""
+    import torch
+
+    torch.manual_seed(0)
+    net = UNet(PRESETS["tiny16"])
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    encoder = Encoder(net, EncoderConfig(steps=2, layers=("input_blocks.1", "middle_block")))
+    model = Classifier(encoder, HeadConfig(3, "both")) if head else encoder
+    image = read_entry(write_tiny_entry(directory.parent, "unused", size=16)).prg.image
+    facts = Export(image, 0.7, "hidden", {}, ("a", "b", "c") if head else None, (0.7,) if head else None)
+    export(model, facts, directory)
+
+
+def test_both_engines_agree_on_every_feature_and_on_mixed_levels(serve: Serve, tmp_path: Path) -> None:
+    write_real_entry(tmp_path / "models" / "classes", head=True)
+    write_real_entry(tmp_path / "models" / "features", head=False)
+    server = serve(tmp_path / "models")
+    images, levels = (
+        random_images(150, 16),
+        np.linspace(0, 1, 150, dtype=np.float32),
+    )  # three of Triton's batches
+
+    async def scene() -> None:
+        async with engine(server) as running:
+            for name in ("classes", "features"):
+                runner = Runner(tmp_path / "models" / name)
+                tolerance = runner.entry.prg.tolerance
+                outputs = tuple(runner.entry.outputs())
+                found = await running.infer(job(name, images, levels, *outputs))
+                expected = runner.run(images, levels)
+                for output in outputs:
+                    a, b = found[output], getattr(expected, output.lower())
+                    assert a.shape == b.shape
+                    relative = np.abs(a - b).max(1) / np.abs(b).max(1)
+                    assert relative.max() < tolerance.relative, (name, output)
+                    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+                    assert cosine.min() > tolerance.cosine, (name, output)
+
+    asyncio.run(scene())
+
+
+def test_concurrent_requests_share_batches_in_triton(serve: Serve) -> None:
+    server = serve()
+    (server.repository / "tiny" / "slow-ms").write_text("20")
+
+    async def scene() -> None:
+        async with engine(server) as running:
+            before = [server.counters(f"nv_inference_{kind}")["tiny"] for kind in ("count", "exec_count")]
+            for _ in range(4):
+                calls = [job("tiny", random_images(1), np.full(1, i / 32), "HIDDEN") for i in range(32)]
+                found = await asyncio.gather(*(running.infer(call) for call in calls))
+                assert [round(float(f["HIDDEN"][0, 3]) * 32) for f in found] == list(range(32))
+            after = [server.counters(f"nv_inference_{kind}")["tiny"] for kind in ("count", "exec_count")]
+        images, executions = after[0] - before[0], after[1] - before[1]
+        assert images == 128
+        assert executions < images / 4
+
+    asyncio.run(scene())
+
+
+def test_two_models_and_two_versions(serve: Serve, tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path / "models", "a", versions=("1", "2"))
+    write_tiny_entry(tmp_path / "models", "b", head=False, size=16)
+    server = serve(tmp_path / "models")
+
+    async def scene() -> None:
+        async with engine(server) as running:
+            models = running.models()
+            assert list(models) == ["a", "b"]
+            assert models["a"].versions == ("1", "2")
+            assert models["b"].entry is not None
+            assert not models["b"].entry.has_head
+            for version, bias in (("1", 0), ("2", 0.01)):
+                found = await running.infer(
+                    job("a", random_images(2), np.zeros(2), "HIDDEN", version=version)
+                )
+                assert found["HIDDEN"][:, 3] == pytest.approx([bias, bias])
+        async with engine(server, chosen={"a": frozenset({"1"})}) as running:
+            assert {n: s.versions for n, s in running.models().items()} == {"a": ("1",)}
+        async with engine(server, chosen={"a": frozenset({"3"})}) as running:
+            assert "version 3" in (running.models()["a"].reason or "")
+
+    asyncio.run(scene())
+
+
+def edited(directory: Path, edit: Any) -> None:
+    path = directory / "config.pbtxt"
+    config = text_format.Parse(path.read_text(), ModelConfig())
+    edit(config)
+    path.write_text(text_format.MessageToString(config))
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda c: c.parameters.pop("prg"), '"prg"'),
+        (lambda c: c.output.pop(), "output names"),
+        (lambda c: c.output[1].dims.__setitem__(0, 7), "output HIDDEN: dims"),
+    ],
+)
+def test_an_entry_that_is_not_one_is_refused_by_name_and_the_others_serve(
+    serve: Serve, tmp_path: Path, edit: Any, named: str
+) -> None:
+    write_tiny_entry(tmp_path / "models", "good")
+    edited(write_tiny_entry(tmp_path / "models", "strange"), edit)
+    server = serve(tmp_path / "models")
+
+    async def scene() -> None:
+        async with engine(server) as running:
+            status = running.models()["strange"]
+            assert not status.ready
+            assert "strange" in (status.reason or "")
+            assert named in (status.reason or "")
+            await running.infer(job("good", random_images(1), np.zeros(1), "STATE"))
+
+    asyncio.run(scene())
+
+
+def test_answers_of_another_shape_than_promised_are_refused(serve: Serve, tmp_path: Path) -> None:
+    directory = write_tiny_entry(tmp_path / "models")
+    entry = read_entry(directory)
+    hidden = entry.prg.features.hidden.model_copy(update={"dim": 7})
+    features = entry.prg.features.model_copy(update={"hidden": hidden})
+    write_entry(directory, type(entry)(entry.name, entry.prg.model_copy(update={"features": features})))
+    server = serve(tmp_path / "models")
+
+    async def scene() -> None:
+        async with engine(server) as running:
+            with pytest.raises(
+                EngineUnavailable, match=r"HIDDEN as float32 \[1, 4\], promised float32 \[1, 7\]"
+            ):
+                await running.infer(job("tiny", random_images(1), np.zeros(1), "HIDDEN"))
+
+    asyncio.run(scene())
+
+
+def test_what_the_caller_said_travels_along(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    sent: dict[str, Any] = {}
+
+    async def scene() -> None:
+        async with engine(server) as running:
+            client = running._replicas[0].client
+            real = client.infer
+
+            async def infer(*args: Any, **named: Any) -> Any:
+                sent.update(named)
+                return await real(*args, **named)
+
+            monkeypatch.setattr(client, "infer", infer)
+            due = asyncio.get_running_loop().time() + 3
+            images = random_images(1)
+            trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+            asked = Job("tiny", "1", images, np.zeros(1, np.float32), ("STATE",), due, "bulk", trace)
+            await running.infer(asked)
+        assert sent["headers"] == trace
+        assert sent["priority"] == 2
+        assert 2.5 < sent["client_timeout"] <= 3
+        assert sent["timeout"] == pytest.approx(sent["client_timeout"] * 1e6, rel=1e-3)
+        assert [o.name() for o in sent["outputs"]] == ["STATE"]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind"),
+    [
+        ("UNAVAILABLE", "[request id: 1] Exceeds maximum queue size", EngineOverloaded),
+        ("UNAVAILABLE", "Request timeout expired", DeadlineExceeded),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
+        ("UNAVAILABLE", "failed to connect: Connection refused", EngineUnavailable),
+        ("UNAVAILABLE", "Server is stopping, scheduler for model has stopped", EngineUnavailable),
+        ("NOT_FOUND", "Request for unknown model: 'x' has no available versions", EngineUnavailable),
+        ("INTERNAL", "Stub process 'x' is not healthy", EngineUnavailable),
+        ("INVALID_ARGUMENT", "unexpected shape for input", RuntimeError),
+    ],
+)
+def test_what_an_error_of_triton_means(status: str, text: str, kind: type[Exception]) -> None:
+    found = meaning(InferenceServerException(text, f"StatusCode.{status}"))
+    assert type(found) is kind
+
+
+def test_the_choice_of_an_address() -> None:
+    async def scene() -> None:
+        running = TritonEngine(["a:1", "b:1", "c:1"], None, Metrics())
+        a, b, c = running._replicas
+        entry = object()
+        for replica in (a, b, c):
+            replica.seen = []
+            replica.models = {"m": type("S", (), {"ready": True, "entry": entry})()}
+        a.in_flight, b.in_flight, c.in_flight = 3, 1, 2
+        assert running._choose("m", []) is b
+        assert running._choose("m", [b]) is c
+        b.failed(asyncio.get_running_loop().time())
+        assert running._choose("m", []) is c
+        b.worked()
+        assert running._choose("m", []) is b
+        b.seen = None
+        assert running._choose("m", []) is c
+        await running.close()
+
+    asyncio.run(scene())
+
+
+def test_an_address_that_keeps_failing_is_avoided_for_longer() -> None:
+    async def scene() -> None:
+        replica = Replica("a:1", None)
+        waits = []
+        for _ in range(6):
+            replica.failed(100.0)
+            waits.append(replica.shunned_until - 100.0)
+        assert waits == [0.5, 1.0, 2.0, 5.0, 5.0, 5.0]
+        replica.worked()
+        replica.failed(100.0)
+        assert replica.shunned_until == 100.5
+
+    asyncio.run(scene())
