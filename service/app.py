@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -159,16 +160,36 @@ def main(argv: list[str] | None = None) -> int:
     address = f"http://{settings.host}:{settings.port}"
     models = ", ".join(settings.triton_url) if settings.engine == "triton" else settings.model_repository
     print(f"models from {models}; serving on {address}", file=sys.stderr)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=75,  # longer than the usual balancer's, or it would reuse a connection just closed
         timeout_graceful_shutdown=int(settings.request_timeout_s) + 5,
     )
+    Server(config, app, settings.drain_s).run()
     return 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn that says it is not ready before it stops listening; a second signal does not wait."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_s = drain_s
+        self._draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain_s and self.started and not self._draining:
+            self._draining = True
+            self._app.state.gateway.readiness.stopping = True
+            threading.Timer(self._drain_s, super().handle_exit, (sig, None)).start()
+        else:
+            super().handle_exit(sig, frame)
 
 
 def _settings_help() -> str:

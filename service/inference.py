@@ -56,6 +56,16 @@ class ModelStatus:
         """The highest served."""
         return self.versions[-1]
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the versions served."""
+        return {v: self.entry.fingerprint(v) for v in self.versions} if self.entry else {}
+
+
+def shown(models: Mapping[str, ModelStatus]) -> dict[str, tuple[bool, Mapping[str, str]]]:
+    """The models as metrics show them."""
+    return {name: (status.ready, status.fingerprints) for name, status in models.items()}
+
 
 @dataclass(frozen=True)
 class Job:

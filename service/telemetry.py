@@ -5,6 +5,7 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -32,6 +33,7 @@ class Metrics:
         self._seconds = Histogram(
             "prg_request_seconds", "Whole time of a request", ["route"], buckets=SECONDS, registry=r
         )
+        self.in_flight = Gauge("prg_requests_in_flight", "Requests that are not answered yet", registry=r)
         self._images = Counter("prg_images", "Images taken in", ["model", "outcome"], registry=r)
         self._rejected = Counter("prg_rejections", "Requests refused with 503", ["reason"], registry=r)
         self.decode_seconds = Histogram(
@@ -51,8 +53,20 @@ class Metrics:
         self.engine_failures = Counter(
             "prg_engine_failures", "Calls that a Triton failed, retried or not", ["address"], registry=r
         )
-        self.model_ready = Gauge("prg_model_ready", "1 ready, 0 failed", ["model"], registry=r)
+        self._ready_models = Gauge("prg_model_ready", "1 ready, 0 failed", ["model"], registry=r)
+        self._info = Gauge(
+            "prg_model_info", "1 for each version served", ["model", "version", "fingerprint"], registry=r
+        )
         self.ready = Gauge("prg_ready", "1 where /health/ready is good", registry=r)
+
+    def models(self, served: Mapping[str, tuple[bool, Mapping[str, str]]]) -> None:
+        """Show these models and no other: name -> (ready, fingerprint by version)."""
+        self._ready_models.clear()
+        self._info.clear()
+        for name, (ready, fingerprints) in served.items():
+            self._ready_models.labels(name).set(ready)
+            for version, fingerprint in fingerprints.items():
+                self._info.labels(name, version, fingerprint).set(1)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -92,7 +106,10 @@ class Telemetry:
             await send(message)
 
         started = time.perf_counter()
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        with (
+            self.metrics.in_flight.track_inprogress(),
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+        ):
             try:
                 await self.app(scope, receive, tagged)
             except (HungUp, ClientDisconnect):

@@ -11,7 +11,7 @@ import numpy as np
 
 from entry.config import Entry, EntryError, find_entries
 from service.engines.batching import Batcher
-from service.inference import EngineUnavailable, Job, ModelStatus
+from service.inference import EngineUnavailable, Job, ModelStatus, shown
 from service.telemetry import Metrics, log
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ class EmbeddedEngine:
             self._models = fresh
         for batcher in old:
             await batcher.drain()
-        for name, model in self._models.items():
-            self._metrics.model_ready.labels(name).set(model.status.ready)
+        self._metrics.models(shown(self.models()))
 
     async def _refreshed(self, name: str, found: Entry | EntryError) -> _Model:
         before = self._models.get(name)

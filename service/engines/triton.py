@@ -19,6 +19,7 @@ from service.inference import (
     EngineUnavailable,
     Job,
     ModelStatus,
+    shown,
 )
 from service.telemetry import Metrics, log
 
@@ -240,8 +241,7 @@ class TritonEngine:
                 log.warning("engine down", address=replica.address, reason=_text(error))
             replica.seen = None
         self._metrics.engine_up.labels(replica.address).set(replica.seen is not None)
-        for name, status in self.models().items():
-            self._metrics.model_ready.labels(name).set(status.ready)
+        self._metrics.models(shown(self.models()))
 
     async def _read_models(
         self, replica: Replica, seen: list[tuple[str, str, str, str]]

@@ -148,6 +148,8 @@ def test_metrics_count_by_route_and_parse(client: TestClient) -> None:
         client.post("/embed", files=[*IMAGE, ("files", ("b", b"text"))])
     client.get("/models/some-name")
     client.get("/a/path/of/my/own")
+    client.post("/embed", files=[("files", ("some-name.png", png()))], params={"model": "some-name"})
+    client.request("SOME-NAME", "/embed", headers={"X-Request-ID": "some-name"})
     text = client.get("/metrics").text
     samples = {
         (s.name, *sorted(s.labels.values())): s.value
@@ -157,11 +159,14 @@ def test_metrics_count_by_route_and_parse(client: TestClient) -> None:
     assert samples["prg_requests_total", "/embed", "200"] == 3
     assert samples["prg_requests_total", "/models/{name}", "404"] == 1
     assert samples["prg_requests_total", "404", "unmatched"] == 1
+    assert samples["prg_requests_total", "/embed", "422"] == 1
     assert samples["prg_images_total", "ok", "tiny"] == 3
     assert samples["prg_images_total", "failed", "tiny"] == 3
     assert samples["prg_decode_seconds_count",] == 6
     assert samples["prg_model_ready", "tiny"] == 1
     assert samples["prg_queued_images",] == 0
+    fingerprint = client.post("/embed", files=IMAGE).json()["fingerprint"]
+    assert samples["prg_model_info", "1", fingerprint, "tiny"] == 1
     assert "some-name" not in text
     assert "my/own" not in text
 
@@ -400,7 +405,8 @@ def test_the_command_serves_reloads_and_stops(tmp_path: Path) -> None:
     write_tiny_entry(tmp_path / "m")
     port = free_port()
     base = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"PRG_MODEL_REPOSITORY": str(tmp_path / "m"), "PRG_PORT": str(port)}
+    settings = {"PRG_MODEL_REPOSITORY": str(tmp_path / "m"), "PRG_PORT": str(port), "PRG_DRAIN_S": "2"}
+    environment = os.environ | settings
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen([sys.executable, "-m", "service.app"], env=environment, stdout=log)
     try:
@@ -422,6 +428,8 @@ def test_the_command_serves_reloads_and_stops(tmp_path: Path) -> None:
             caller.sendall("\r\n".join(head).encode())
         assert httpx.post(f"{base}/embed", files=IMAGE).status_code == 200
         server.send_signal(signal.SIGTERM)
+        eventually(lambda: status(f"{base}/health/ready") == 503, 2)
+        assert httpx.post(f"{base}/embed", files=IMAGE).status_code == 200
         assert server.wait(20) in (0, -signal.SIGTERM)
     finally:
         server.kill()

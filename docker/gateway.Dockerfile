@@ -1,0 +1,20 @@
+# The gateway alone, for Triton behind it: no torch, no compiler, no root.
+FROM python:3.11-slim AS build
+WORKDIR /src
+RUN python -m venv /venv
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY entry entry
+COPY prg prg
+COPY service service
+RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .
+
+FROM python:3.11-slim
+COPY --from=build /venv /venv
+# Nothing is written: a read-only root is enough (docker run --read-only).
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    PRG_HOST=0.0.0.0 PRG_PORT=8000 PRG_ENGINE=triton PRG_TRITON_URL=triton:8001
+USER 65532:65532
+EXPOSE 8000
+HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/health/ready' % os.environ['PRG_PORT'], timeout=4)"]
+ENTRYPOINT ["prg-serve"]

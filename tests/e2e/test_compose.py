@@ -1,0 +1,249 @@
+"""docker compose up, for real: images built, photos posted from outside, containers killed, every query answered."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from entry.images import load_image
+from entry.runner import Runner
+from tests.triton.server import find_server, free_ports
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+MODEL = ROOT / "model_repository" / "prg-cifar10"
+
+
+def compose_file() -> dict[str, Any]:
+    table: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return table
+
+
+def why_not() -> str | None:
+    """Why these tests can't run here."""
+    if not os.environ.get("DOCKER_HOST"):
+        return "DOCKER_HOST is not set: no Docker Engine"
+    if not shutil.which("docker"):
+        return "no docker command"
+    if find_server() is None:
+        return "no tritonserver: pip install --no-deps nvidia-pytriton==0.7.0"
+    return None
+
+
+needs_engine = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+def run(*command: str, **more: Any) -> str:
+    """Run a command in the checkout; its output, or an error that shows it."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False, **more)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def eventually(check: Callable[[], Any], seconds: float) -> Any:
+    until = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if found := check():
+                return found
+        assert time.monotonic() < until, "did not come true"
+        time.sleep(0.2)
+
+
+class Stack:
+    """The composed services, on free ports."""
+
+    def __init__(self, folder: Path) -> None:
+        gateway, prometheus = free_ports(2)
+        self.gateway = f"http://127.0.0.1:{gateway}"
+        self.prometheus = f"http://127.0.0.1:{prometheus}"
+        override = folder / "override.yml"
+        site = sysconfig.get_paths()["purelib"]
+        override.write_text(
+            yaml.safe_dump(
+                {"services": {"triton-cpu": {"volumes": [f"{site}:/site:ro"], "working_dir": "/tmp"}}}
+            )
+        )
+        self.environment = os.environ | {
+            "PRG_PUBLISH": f"127.0.0.1:{gateway}",
+            "PROMETHEUS_PUBLISH": f"127.0.0.1:{prometheus}",
+            "TRITON_THREADS": "1",
+        }
+        self.files = ("-p", f"prg-test-{os.getpid()}", "-f", "docker-compose.yml", "-f", str(override))
+
+    def compose(self, *arguments: str) -> str:
+        return run("docker", "compose", *self.files, *arguments, env=self.environment)
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        response = httpx.get(f"{self.prometheus}/api/v1/query", params={"query": expression}, timeout=10)
+        answer = response.json()
+        assert answer["status"] == "success", (expression, answer)
+        found: list[dict[str, Any]] = answer["data"]["result"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """`docker compose up --wait`, with stand-ins under the names of images that no registry gives here."""
+    services = compose_file()["services"]
+
+    def default_image(text: str) -> str:
+        return re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", text)
+
+    context = tmp_path_factory.mktemp("context")
+    shutil.copytree(HERE / "standins", context / "standins")
+    shutil.copy(ROOT / "tests" / "triton" / "pytorch_backend.py", context)
+    build = ("docker", "build", "--network", "host", "-q", "-t")
+    run(*build, services["gateway"]["image"], "-f", "docker/gateway.Dockerfile", ".")
+    for service, name in (("triton-cpu", "triton"), ("prometheus", "prometheus")):
+        standin = str(context / "standins" / f"{name}.Dockerfile")
+        run(*build, default_image(services[service]["image"]), "-f", standin, str(context))
+    stack = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        stack.compose("up", "--wait", "--no-build", "--pull", "never")
+        yield stack
+    finally:
+        print(stack.compose("logs", "--tail", "40"))
+        stack.compose("down", "-v", "--timeout", "5")
+
+
+def photo(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((400, 300)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@needs_engine
+def test_answers_are_those_of_the_embedded_engine(stack: Stack) -> None:
+    photos = [photo(i) for i in range(70)]
+    files = [("files", (f"{i}.jpg", data)) for i, data in enumerate(photos[:64])]
+    answer = httpx.post(
+        f"{stack.gateway}/embed", files=files, params={"t_end": ["0.8", "0.3"]}, timeout=60
+    ).json()
+    runner = Runner(MODEL)
+    prg = runner.entry.prg
+    images = np.stack([load_image(data, prg.image) for data in photos[:64]])
+    for k, level in enumerate((0.8, 0.3)):
+        expected = runner.run(images, np.full(64, level, np.float32)).hidden
+        found = np.array([item["embeddings"][k]["embedding"] for item in answer["data"]])
+        assert (np.abs(found - expected).max(1) / np.abs(expected).max(1)).max() < prg.tolerance.relative
+    assert httpx.post(f"{stack.gateway}/classify", files=files[:1]).status_code == 200
+
+
+@needs_engine
+def test_the_gateway_runs_without_root_torch_or_a_writable_disk(stack: Stack) -> None:
+    assert stack.compose("exec", "-T", "gateway", "id", "-u").strip() == "65532"
+    code = "import importlib.util as u; print(u.find_spec('torch'))"
+    assert stack.compose("exec", "-T", "gateway", "python", "-c", code).strip() == "None"
+    writing = "import os\ntry:\n open('/x', 'w')\nexcept OSError as e:\n print(e.strerror)"
+    assert "Read-only" in stack.compose("exec", "-T", "gateway", "python", "-c", writing)
+
+
+@needs_engine
+def test_killed_containers_come_back(stack: Stack) -> None:
+    files = [("files", ("a.jpg", photo(1)))]
+
+    def status() -> int:
+        return httpx.post(f"{stack.gateway}/embed", files=files, timeout=40).status_code
+
+    assert status() == 200
+    stack.compose("kill", "-s", "KILL", "triton-cpu")
+    response = httpx.post(f"{stack.gateway}/embed", files=files, timeout=40)
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    stack.compose("start", "triton-cpu")
+    eventually(lambda: status() == 200, 60)
+    stack.compose("kill", "-s", "KILL", "gateway")
+    stack.compose("start", "gateway")
+    eventually(lambda: status() == 200, 60)
+
+
+def expressions() -> list[tuple[str, str]]:
+    """(where, query) of every panel and alert, those of a GPU left out: there is none here."""
+    dashboard = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "prg.json").read_text())
+    found = [(p["title"], t["expr"]) for p in dashboard["panels"] for t in p.get("targets", ())]
+    rules = yaml.safe_load((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())
+    for rule in rules["groups"][0]["rules"]:
+        comparison = re.match(r"(.*?) (==|>) [\d.]+$", rule["expr"], re.DOTALL)
+        assert comparison, rule["expr"]
+        found.append((rule["alert"], comparison[1]))
+    return [(where, query) for where, query in found if "nv_gpu" not in query]
+
+
+EVENTS_ALONE = {"Refusing", "Refused", "Failed calls to Triton", "Bug"}
+"""Counters that exist once something failed."""
+
+
+@needs_engine
+def test_every_query_of_dashboard_and_alerts_has_an_answer(stack: Stack) -> None:
+    files = [("files", ("a.jpg", photo(2)))]
+    begun = time.monotonic()
+    while time.monotonic() - begun < 20:  # rates need several scrapes
+        assert httpx.post(f"{stack.gateway}/embed", files=files, timeout=40).status_code == 200
+        time.sleep(0.2)
+
+    def unanswered() -> list[tuple[str, str]]:
+        empty = [(where, query) for where, query in expressions() if not stack.query(query)]
+        return [(where, query) for where, query in empty if where not in EVENTS_ALONE]
+
+    eventually(lambda: not unanswered(), 40)
+    targets = httpx.get(f"{stack.prometheus}/api/v1/targets").json()["data"]["activeTargets"]
+    assert {t["labels"]["job"]: t["health"] for t in targets} == {"gateway": "up", "triton": "up"}
+    rules = httpx.get(f"{stack.prometheus}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+    assert {rule["health"] for rule in rules} == {"ok"}
+    for _, query in expressions():
+        stack.query(query)
+
+
+@needs_engine
+@pytest.mark.parametrize("profiles", ["cpu", "gpu", "cpu,grafana"])
+def test_the_compose_file_is_valid(profiles: str) -> None:
+    environment = os.environ | {"COMPOSE_PROFILES": profiles}
+    config = json.loads(run("docker", "compose", "config", "--format", "json", env=environment))
+    triton = config["services"][f"triton-{'gpu' if profiles == 'gpu' else 'cpu'}"]
+    assert triton["networks"]["default"]["aliases"] == ["triton"]
+    assert "ports" not in triton
+    assert triton["volumes"][0]["read_only"]
+
+
+def test_triton_publishes_no_port_and_reads_only() -> None:
+    services = compose_file()["services"]
+    for name in ("triton-cpu", "triton-gpu"):
+        assert "ports" not in services[name]
+        assert all(volume.endswith(":ro") for volume in services[name]["volumes"])
+    assert (ROOT / ".env").read_text().splitlines()[-1] == "COMPOSE_PROFILES=cpu"
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool")
+def test_every_alert_fires_when_it_must() -> None:
+    folder = ROOT / "docker" / "prometheus"
+    run("promtool", "check", "config", "--syntax-only", str(folder / "prometheus.yml"))
+    run("promtool", "test", "rules", str(folder / "alerts_test.yml"))
+    alerts = {r["alert"] for r in yaml.safe_load((folder / "alerts.yml").read_text())["groups"][0]["rules"]}
+    assert set(re.findall(r"alertname: (\w+)", (folder / "alerts_test.yml").read_text())) == alerts
+
+
+def test_the_operations_page_has_every_alert_and_metric() -> None:
+    from service.telemetry import Metrics
+
+    page = (ROOT / "docs" / "operations.md").read_text()
+    rules = yaml.safe_load((ROOT / "docker" / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    for rule in rules:
+        assert f"| {rule['alert']} |" in page
+    for family in Metrics().registry.collect():
+        assert family.name in page, family.name
