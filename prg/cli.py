@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--compact",
         action="store_true",
-        help="round the weights to half precision and compress the file, to about half its bytes",
+        help="round the weights to bfloat16 and compress the file, to about half its bytes",
     )
     sub.set_defaults(command=_export)
     return parser

@@ -95,7 +95,7 @@ class Export:
     classify_t_end: tuple[float, ...] | None = None
     precision: Precision = "fp32"
     compact: bool = False
-    """Weights rounded to half precision and the file compressed: about half the bytes. It still computes in
+    """Weights rounded to bfloat16 and the file compressed: about half the bytes. It still computes in
     `precision`, because the rounded weights are stored as its own numbers."""
 
 
@@ -134,7 +134,7 @@ def prepare(model: Encoder | Classifier, facts: Export) -> Encoder | Classifier:
     model = model.eval().requires_grad_(False).cpu()
     if facts.compact:
         for p in model.parameters():
-            p.data = p.data.half().to(p.dtype)
+            p.data = p.data.bfloat16().to(p.dtype)
     encoder = model.encoder if isinstance(model, Classifier) else model
     encoder.net.to(DTYPES[facts.precision])
     return model
@@ -266,8 +266,8 @@ def _save(extractor: nn.Module, path: Path, compact: bool) -> None:
     scripted = torch.jit.script(extractor)
     scripted.save(str(path))
     if compact:
-        # TorchScript's archive is a zip whose reader inflates as it loads; half-precision numbers stored as
-        # fp32 have 13 zero bits each, which deflate removes.
+        # TorchScript's archive is a zip whose reader inflates as it loads; bfloat16 numbers stored as
+        # fp32 have 16 zero bits each, which deflate removes.
         plain = path.with_suffix(".plain")
         shutil.move(path, plain)
         with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
