@@ -272,7 +272,8 @@ def _save(extractor: nn.Module, path: Path, compact: bool) -> None:
         shutil.move(path, plain)
         with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
             for item in source.infolist():
-                target.writestr(item.filename, source.read(item), compresslevel=9)
+                undated = zipfile.ZipInfo(item.filename)  # the same weights give the same bytes
+                target.writestr(undated, source.read(item), zipfile.ZIP_DEFLATED, 9)
         plain.unlink()
 
 

@@ -83,6 +83,17 @@ def test_the_entry_answers_as_the_trained_model(run: Path, tmp_path: Path, flags
         assert cosine.min() > entry.prg.tolerance.cosine
 
 
+def test_the_same_weights_give_the_same_fingerprint(run: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "mine"
+    for flags in ([], ["--compact"]):
+        for _ in range(2):
+            assert main(["export", str(run), str(directory), *flags]) == 0
+    entry = read_entry(directory)
+    assert (
+        entry.fingerprint("1") == entry.fingerprint("2") != entry.fingerprint("3") == entry.fingerprint("4")
+    )
+
+
 def test_compact_entries_are_smaller(run: Path, tmp_path: Path) -> None:
     sizes = []
     for flags in ([], ["--compact"]):
