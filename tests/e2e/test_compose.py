@@ -21,7 +21,7 @@ from PIL import Image
 
 from entry.images import load_image
 from entry.runner import Runner
-from tests.triton.server import find_server, free_ports
+from tests.real_triton.server import find_server, free_ports
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -106,7 +106,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
     context = tmp_path_factory.mktemp("context")
     shutil.copytree(HERE / "standins", context / "standins")
-    shutil.copy(ROOT / "tests" / "triton" / "pytorch_backend.py", context)
+    shutil.copy(ROOT / "tests" / "real_triton" / "pytorch_backend.py", context)
     build = ("docker", "build", "--network", "host", "-q", "-t")
     run(*build, services["gateway"]["image"], "-f", "docker/gateway.Dockerfile", ".")
     for service, name in (("triton-cpu", "triton"), ("prometheus", "prometheus")):

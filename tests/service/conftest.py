@@ -9,8 +9,8 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
+from tests.real_triton.server import TritonServer, find_server
 from tests.tiny import write_tiny_entry
-from tests.triton.server import TritonServer, find_server
 
 Start = Callable[..., TestClient]
 

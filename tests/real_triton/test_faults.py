@@ -18,9 +18,9 @@ import pytest
 from service import readiness
 from service.app import create_app
 from service.settings import Settings
+from tests.real_triton.conftest import Serve
+from tests.real_triton.server import TritonServer
 from tests.tiny import png, write_tiny_entry
-from tests.triton.conftest import Serve
-from tests.triton.server import TritonServer
 
 DEADLINE_S = 5.0
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]

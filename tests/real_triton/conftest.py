@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.real_triton.server import TritonServer, find_server
 from tests.tiny import write_tiny_entry
-from tests.triton.server import TritonServer, find_server
 
 Serve = Callable[..., TritonServer]
 

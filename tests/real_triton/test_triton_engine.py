@@ -21,9 +21,9 @@ from prg.unet import PRESETS, UNet
 from service.engines.triton import Replica, TritonEngine, meaning
 from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
 from service.telemetry import Metrics
+from tests.real_triton.conftest import Serve
+from tests.real_triton.server import TritonServer
 from tests.tiny import write_tiny_entry
-from tests.triton.conftest import Serve
-from tests.triton.server import TritonServer
 
 
 @asynccontextmanager
