@@ -19,6 +19,7 @@ from service import errors
 from service.auth import Keys, new_key
 from service.engines.embedded import EmbeddedEngine
 from service.engines.triton import TritonEngine
+from service.fetch import Fetcher
 from service.gateway import Gateway, default_model
 from service.inference import Engine, Inference
 from service.limits import BodyLimit
@@ -43,7 +44,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = make_engine(settings, metrics)
         readiness = Readiness(engine, lambda: default_model(settings, engine), metrics)
-        inference = Inference(engine, settings.image_limits, settings.queue_images, metrics)
+        fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
+        inference = Inference(engine, fetcher, settings.image_limits, settings.queue_images, metrics)
         gateway = Gateway(settings, engine, inference, readiness, keys, metrics)
         app.state.gateway = gateway
         await engine.start()
@@ -58,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
             watch.cancel()
         await engine.close()
         inference.close()
+        await fetcher.close()
 
     app = FastAPI(title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.keys = keys

@@ -16,7 +16,8 @@ import numpy as np
 from entry.config import Entry
 from entry.images import ImageError, Limits, load_image
 from service.errors import Problem, overloaded
-from service.intake import Item
+from service.fetch import Fetcher
+from service.intake import Item, Remote
 from service.limits import Priority
 from service.telemetry import Metrics
 
@@ -132,8 +133,11 @@ class Results:
 class Inference:
     """The path of every request, over any engine."""
 
-    def __init__(self, engine: Engine, limits: Limits, queue_images: int, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, fetcher: Fetcher, limits: Limits, queue_images: int, metrics: Metrics
+    ) -> None:
         self.engine = engine
+        self._fetcher = fetcher
         self._limits = limits
         self._admission = Admission(queue_images, metrics)
         self._metrics = metrics
@@ -160,14 +164,23 @@ class Inference:
         loop = asyncio.get_running_loop()
         spec = work.entry.prg.image
 
-        def decode(item: Item) -> np.ndarray | ImageError:
+        def decode(read: Callable[[], bytes]) -> np.ndarray | ImageError:
             with self._metrics.decode_seconds.time():
                 try:
-                    return load_image(item(), spec, self._limits)
+                    return load_image(read(), spec, self._limits)
                 except ImageError as error:
                     return error
 
-        tasks = [loop.run_in_executor(self._decoders, decode, item) for item in work.items]
+        async def one(item: Item) -> np.ndarray | ImageError:
+            if isinstance(item, Remote):
+                try:
+                    content = await self._fetcher.fetch(item.url)
+                except ImageError as error:
+                    return error
+                return await loop.run_in_executor(self._decoders, decode, lambda: content)
+            return await loop.run_in_executor(self._decoders, decode, item)
+
+        tasks = [asyncio.ensure_future(one(item)) for item in work.items]
         try:
             decoded = await asyncio.gather(*tasks)
         except asyncio.CancelledError:

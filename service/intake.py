@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import orjson
 from fastapi import Request
@@ -20,8 +21,17 @@ from service.schemas import Options
 from service.settings import Settings
 
 Kind = TypeVar("Kind", bound=Options)
-Item = Callable[[], bytes]
-"""Gives an image's bytes, in the decoding pool; raises ImageError."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An image that is still to be fetched."""
+
+    url: str
+
+
+Item = Callable[[], bytes] | Remote
+"""Gives an image's bytes, in the decoding pool; raises ImageError. Or says where they are."""
 FORMS = (
     "send multipart/form-data with `files` (curl -F files=@photo.jpg), an image as the body with its "
     'image/* type, or JSON {"inputs": [{"b64": "…"}]}'
@@ -147,15 +157,31 @@ def _parse_json(body: bytes, limits: Limits) -> tuple[list[Item], Given]:
         raise Problem(422, "Malformed body", 'the JSON must be an object such as {"inputs": [{"b64": "…"}]}')
     items: list[Item] = []
     for index, entry in enumerate(table.pop("inputs")):
-        if not isinstance(entry, dict) or entry.keys() != {"b64"} or not isinstance(entry["b64"], str):
-            raise Problem(422, "Malformed body", f'inputs[{index}] must be an object {{"b64": "…"}}')
-        items.append(_Base64(entry["b64"], limits.max_bytes))
+        items.append(_item(entry, f"inputs[{index}]", limits))
     # A null is an option left out, as in most clients' serialisation.
     return items, Given([(k, v) for k, v in table.items() if v is not None], False, "the JSON")
 
 
+def _item(entry: object, where: str, limits: Limits) -> Item:
+    """One element of `inputs`. Raises Problem where it has another form."""
+    if isinstance(entry, dict) and len(entry) == 1:
+        [(kind, value)] = entry.items()
+        if isinstance(value, str):
+            if kind == "b64":
+                return Base64(value, limits.max_bytes)
+            if kind == "data_uri":
+                return DataUri(value, limits.max_bytes)
+            if kind == "url":
+                return Remote(value)
+    raise Problem(
+        422,
+        "Malformed body",
+        f'{where} must be {{"b64": "…"}}, {{"data_uri": "data:image/…"}} or {{"url": "…"}}',
+    )
+
+
 @dataclass(frozen=True)
-class _Base64:
+class Base64:
     """An image as base64 text, with or without line breaks and padding."""
 
     text: str
@@ -168,7 +194,28 @@ class _Base64:
         try:
             return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
         except (binascii.Error, ValueError):
-            raise ImageError(422, "Not base64", "b64 is not valid base64 (RFC 4648, section 4)") from None
+            raise ImageError(
+                422, "Not base64", "the image is not valid base64 (RFC 4648, section 4)"
+            ) from None
+
+
+@dataclass(frozen=True)
+class DataUri:
+    """An image as a data URI (RFC 2397) in base64."""
+
+    text: str
+    max_bytes: int
+
+    def __call__(self) -> bytes:
+        head, found, body = self.text.partition(",")
+        kind, *parameters = head[5:].lower().split(";")
+        if not head[:5].lower() == "data:" or not found or "base64" not in parameters:
+            raise ImageError(422, "Not a data URI", "a data URI must be data:image/…;base64,…")
+        if not kind.startswith("image/"):
+            raise ImageError(
+                415, "Image format not accepted", f"the data URI says {kind[:60]!r}, not an image"
+            )
+        return Base64(unquote(body), self.max_bytes)()
 
 
 def _check_count(items: list[Item], max_images: int) -> None:

@@ -52,6 +52,8 @@ class Settings(BaseSettings):
     """Rows (images x levels) admitted and not yet answered; more are refused with 503."""
     request_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30
     """After this many seconds a request is answered with 504."""
+    allow_urls: bool = False
+    """Whether images may be named by URL; only public addresses are read."""
     drain_s: Annotated[float, Field(ge=0, le=600)] = 0
     """After SIGTERM, how long to go on serving while /health/ready says no: a balancer's time to notice."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()

@@ -172,6 +172,29 @@ def test_base64_may_be_wrapped_and_unpadded(client: TestClient, text: str) -> No
     assert client.post("/embed", json={"inputs": [{"b64": wrapped}]}).status_code == 200
 
 
+def data_uri(data: bytes, kind: str = "image/png") -> dict[str, str]:
+    return {"data_uri": f"data:{kind};base64," + base64.b64encode(data).decode()}
+
+
+def test_data_uris(client: TestClient) -> None:
+    image = png(BLUE)
+    plain = client.post("/embed", json={"inputs": [b64(image)]}).json()
+    escaped = {"data_uri": data_uri(image)["data_uri"].replace("+", "%2B")}
+    for form in (data_uri(image), data_uri(image, "IMAGE/PNG;name=a"), escaped):
+        assert client.post("/embed", json={"inputs": [form]}).json() == plain
+    bad = [
+        "data:image/png,abc",
+        "image/png;base64,abc",
+        "data:image/png;base64,***",
+        "data:text/html;base64,abcd",
+        "",
+    ]
+    items = client.post(
+        "/embed", json={"inputs": [b64(image), *({"data_uri": text} for text in bad)]}
+    ).json()["data"]
+    assert [item.get("error", {}).get("status") for item in items] == [None, 422, 422, 422, 415, 422]
+
+
 @pytest.mark.parametrize(
     ("route", "options", "named"),
     [
@@ -239,7 +262,8 @@ def test_the_same_option_twice_must_agree(client: TestClient) -> None:
         {"json": []},
         {"json": {"inputs": [{"b64": 3}]}},
         {"json": {"inputs": ["abc"]}},
-        {"json": {"inputs": [{"url": "http://example.org/a.png"}]}},
+        {"json": {"inputs": [{"path": "a.png"}]}},
+        {"json": {"inputs": [{"b64": "", "url": ""}]}},
         {"content": b"{", "headers": {"content-type": "application/json"}},
         {"content": b"no form", "headers": {"content-type": "multipart/form-data; boundary=x"}},
         {"content": b"no form", "headers": {"content-type": "multipart/form-data"}},

@@ -1,0 +1,117 @@
+"""Images by URL, for services that allow it: no way into the network that the service stands in."""
+
+import asyncio
+import ipaddress
+import socket
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+
+from entry.images import ImageError
+
+MAX_REDIRECTS = 3
+TIMEOUT_S = 10.0
+"""Of one image, redirects and all."""
+AT_ONCE = 16
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+REFUSED = "URL refused"
+
+
+class Fetcher:
+    """Reads images from public addresses alone.
+
+    A name is resolved once and the connection made to the very address that was judged, so that an answer that
+    changes between the two (DNS rebinding) gains nothing; each redirect is judged like the first URL.
+    """
+
+    def __init__(self, allowed: bool, max_bytes: int) -> None:
+        self._allowed = allowed
+        self._max_bytes = max_bytes
+        self._places = asyncio.Semaphore(AT_ONCE)
+        # trust_env: a proxy of the environment would connect to wherever it resolves the name.
+        self._http = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) if allowed else None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._http:
+            await self._http.aclose()
+
+    async def fetch(self, url: str) -> bytes:
+        """The bytes at a URL. Raises ImageError: 403 for one that is refused, 413, or 422 where it can't be read."""
+        if self._http is None:
+            raise ImageError(
+                403, REFUSED, "this service reads no URLs (PRG_ALLOW_URLS); send the image itself"
+            )
+        try:
+            async with asyncio.timeout(TIMEOUT_S), self._places:
+                for _ in range(MAX_REDIRECTS + 1):
+                    content, url = await self._hop(self._http, url)
+                    if content is not None:
+                        return content
+        except TimeoutError:
+            raise _unreadable(f"it took longer than {TIMEOUT_S:g} s") from None
+        except httpx.HTTPError as error:
+            raise _unreadable(type(error).__name__) from None
+        raise _unreadable(f"over {MAX_REDIRECTS} redirects")
+
+    async def _hop(self, http: httpx.AsyncClient, url: str) -> tuple[bytes | None, str]:
+        """(content, "") or (None, the next URL)."""
+        host, port, pinned = await _judge(url)
+        request = http.build_request(
+            "GET",
+            pinned,
+            headers={"Host": host if port is None else f"{host}:{port}", "Accept-Encoding": "identity"},
+            extensions={"sni_hostname": host},
+        )
+        response = await http.send(request, stream=True)
+        try:
+            if response.is_redirect:
+                return None, urljoin(url, response.headers.get("location", ""))
+            if response.status_code != 200:
+                raise _unreadable(f"it answers {response.status_code}")
+            content = bytearray()
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > self._max_bytes:
+                    raise ImageError(413, "Image too large", f"at most {self._max_bytes:,} bytes are taken")
+            return bytes(content), ""
+        finally:
+            await response.aclose()
+
+
+async def _judge(url: str) -> tuple[str, int | None, str]:
+    """(host, port if given, the URL with an address in the host's place). Raises ImageError 403."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ImageError(403, REFUSED, "the URL is malformed") from None
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        raise ImageError(403, REFUSED, "only http:// and https:// URLs without a user are read")
+    try:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise _unreadable("its host has no address") from None
+    addresses = [ipaddress.ip_address(str(item[4][0]).partition("%")[0]) for item in found]
+    if not all(is_public(address) for address in addresses):
+        raise ImageError(403, REFUSED, "its host is in a private or reserved network")
+    address = addresses[0]
+    literal = f"[{address}]" if address.version == 6 else str(address)
+    netloc = literal if port is None else f"{literal}:{port}"
+    return host, port, parts._replace(netloc=netloc, fragment="").geturl()
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether anybody on the internet could reach it; an IPv4 address inside an IPv6 one is judged itself."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inside = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
+        if address in NAT64:
+            inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inside:
+            return is_public(inside)
+    return address.is_global and not address.is_multicast
+
+
+def _unreadable(reason: str) -> ImageError:
+    return ImageError(422, "URL not readable", f"the image's URL can't be read: {reason}")
