@@ -24,7 +24,7 @@ from service.gateway import Gateway, default_model
 from service.inference import Engine, Inference
 from service.limits import BodyLimit
 from service.readiness import Readiness
-from service.routes import classify, embed, models, operations
+from service.routes import classify, embed, models, openai, operations
 from service.settings import Settings, SettingsError, load_settings
 from service.telemetry import Metrics, Telemetry, configure_logs, log
 
@@ -65,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.keys = keys
     errors.install(app)
-    for module in (embed, classify, models, operations):
+    for module in (embed, classify, openai, models, operations):
         app.include_router(module.router)
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

@@ -38,6 +38,15 @@ class Problem(Exception):
         content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         return Response(content, self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
+    def openai(self) -> Response:
+        """The same error as OpenAI's clients know it; 400 for anything wrong in the input."""
+        unknown = self.title == "Unknown model"
+        status = 404 if unknown else 400 if self.status in (413, 415, 422) else self.status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        code = "model_not_found" if unknown else re.sub(r"[^a-z0-9]+", "_", self.title.lower())
+        body = {"error": {"message": self.detail, "type": kind, "param": None, "code": code}}
+        return Response(orjson.dumps(body), status, headers=self.headers, media_type="application/json")
+
 
 def problem(status: int, title: str, detail: str) -> dict[str, Any]:
     """The four members that every problem has; the type is made of the title."""
@@ -65,9 +74,9 @@ def internal() -> Problem:
 def install(app: FastAPI) -> None:
     """Answer Problem, and the framework's own errors, as problem+json."""
 
-    async def answer(_: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
-        return error.response()
+        return error.openai() if request.url.path.startswith("/v1/") else error.response()
 
     async def translate(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -39,13 +39,13 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.max_bytes:
-            await self._too_large().response()(scope, receive, send)
-            return
+        announced = int(length) if length.isdigit() else 0
         own = 0
 
         async def counted() -> Message:
             nonlocal own
+            if announced > self.max_bytes:
+                raise self._too_large()
             message = await receive()
             size = len(message.get("body", b""))
             own += size

@@ -1,6 +1,7 @@
 """POST /embed: images in, embeddings out."""
 
 import base64
+import io
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,10 +10,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from service.auth import Key, needs
 from service.intake import parse_options, read_request
 from service.limits import deadline
-from service.routes.answers import answer, documented, gateway_of
+from service.routes.answers import answer, documented, failed, gateway_of
 from service.schemas import PROBLEMS, EmbedAnswer, EmbedOptions
 
 router = APIRouter()
+NPY = "application/x-npy"
 
 
 @router.post(
@@ -23,7 +25,10 @@ router = APIRouter()
     openapi_extra=documented(EmbedOptions),
 )
 async def embed(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:
-    """The state or the hidden activations of each image at t_end, or at several levels of t_end."""
+    """The state or the hidden activations of each image at t_end, or at several levels of t_end.
+
+    With `Accept: application/x-npy` the answer is one float32 .npy, [N, D] or [N, levels, D].
+    """
     gateway = gateway_of(request)
     settings = gateway.settings
     async with (
@@ -38,18 +43,43 @@ async def embed(request: Request, key: Annotated[Key | None, Depends(needs("infe
         levels = tuple(t_end) if isinstance(t_end, list) else (t_end,)
         results = await gateway.infer(request, key, intake, chosen, levels, feature.upper(), due)
     values = unit_length(results.values) if options.normalize else results.values
-
-    def shown(vector: np.ndarray) -> Any:
-        return as_base64(vector) if options.encoding_format == "base64" else vector
+    dim = prg.features.state.dim if feature == "state" else prg.features.hidden.dim
+    facts = chosen.facts() | {"feature": feature, "t_end": t_end, "dim": dim}
 
     def item(row: int) -> dict[str, Any]:
         if not isinstance(t_end, list):
-            return {"embedding": shown(values[row, 0])}
+            return {"embedding": shown(values[row, 0], options.encoding_format)}
         pairs = zip(levels, values[row], strict=True)
-        return {"embeddings": [{"t_end": level, "embedding": shown(v)} for level, v in pairs]}
+        return {
+            "embeddings": [
+                {"t_end": level, "embedding": shown(v, options.encoding_format)} for level, v in pairs
+            ]
+        }
 
-    dim = prg.features.state.dim if feature == "state" else prg.features.hidden.dim
-    return answer(chosen.facts() | {"feature": feature, "t_end": t_end, "dim": dim}, results, item)
+    if NPY not in request.headers.get("accept", ""):
+        return answer(facts, results, item)
+    if results.errors:
+        raise failed(facts, results, item)
+    return as_npy(values if isinstance(t_end, list) else values[:, 0], facts)
+
+
+def shown(vector: np.ndarray, encoding_format: str) -> np.ndarray | str:
+    """An embedding as it is written: numbers, or base64 of little-endian float32."""
+    return (
+        base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding_format == "base64" else vector
+    )
+
+
+def as_npy(values: np.ndarray, facts: dict[str, Any]) -> Response:
+    """One .npy of little-endian float32; what JSON would say beside the vectors stands in headers."""
+    buffer = io.BytesIO()
+    np.save(buffer, values.astype("<f4"))
+    headers = {
+        "X-Model": facts["model"],
+        "X-Model-Version": facts["model_version"],
+        "X-Fingerprint": facts["fingerprint"],
+    }
+    return Response(buffer.getvalue(), media_type=NPY, headers=headers)
 
 
 def unit_length(values: np.ndarray) -> np.ndarray:
@@ -57,8 +87,3 @@ def unit_length(values: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(values, axis=-1, keepdims=True)
     unit: np.ndarray = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
     return unit
-
-
-def as_base64(vector: np.ndarray) -> str:
-    """Little-endian float32."""
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -1,6 +1,7 @@
 """The two POST routes: every form of input, every option, every kind of bad input."""
 
 import base64
+import io
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,24 @@ def test_base64_may_be_wrapped_and_unpadded(client: TestClient, text: str) -> No
     half = len(encoded) // 2
     wrapped = encoded[:half] + "\r\n" + encoded[half:]
     assert client.post("/embed", json={"inputs": [{"b64": wrapped}]}).status_code == 200
+
+
+@pytest.mark.parametrize("t_end", [0.5, [0.5, 0.25, 1]])
+def test_npy(client: TestClient, t_end: float | list[float]) -> None:
+    asked = {"inputs": [b64(png(RED)), b64(png(BLUE))], "t_end": t_end}
+    headers = {"accept": "application/x-npy"}
+    response = client.post("/embed", json=asked, headers=headers)
+    assert response.headers["content-type"] == "application/x-npy"
+    assert len(response.headers["x-fingerprint"]) == 12
+    found = np.load(io.BytesIO(response.content))
+    assert found.dtype == np.dtype("<f4")
+    levels = t_end if isinstance(t_end, list) else [t_end]
+    expected = np.array([[hidden(colour, level) for level in levels] for colour in (RED, BLUE)])
+    assert found == pytest.approx(expected if isinstance(t_end, list) else expected[:, 0])
+    bad = client.post("/embed", json={"inputs": [b64(png()), b64(b"text")]}, headers=headers)
+    problem(bad, 422)
+    assert bad.json()["data"][1]["error"]["status"] == 422
+    assert "embedding" in bad.json()["data"][0]
 
 
 def data_uri(data: bytes, kind: str = "image/png") -> dict[str, str]:
