@@ -6,7 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,6 +20,9 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 CLIENT_CLOSED = 499
+INFERENCE_ROUTES = ("/embed", "/classify", "/v1/embeddings")
+Rejection = Literal["queue full", "engine queue", "engine failure"]
+REJECTIONS: tuple[Rejection, ...] = get_args(Rejection)
 
 log = structlog.get_logger("prg")
 
@@ -59,6 +62,13 @@ class Metrics:
         )
         self.ready = Gauge("prg_ready", "1 where /health/ready is good", registry=r)
 
+        # A counter that first appears with its first event is no increase to Prometheus: alerts would miss it.
+        for route in INFERENCE_ROUTES:
+            for status in ("500", "503", "504"):
+                self._requests.labels(route, status)
+        for reason in REJECTIONS:
+            self._rejected.labels(reason)
+
     def models(self, served: Mapping[str, tuple[bool, Mapping[str, str]]]) -> None:
         """Show these models and no other: name -> (ready, fingerprint by version)."""
         self._ready_models.clear()
@@ -78,7 +88,7 @@ class Metrics:
         self._images.labels(model, "ok").inc(good)
         self._images.labels(model, "failed").inc(bad)
 
-    def rejected(self, reason: str) -> None:
+    def rejected(self, reason: Rejection) -> None:
         """Count a 503."""
         self._rejected.labels(reason).inc()
 

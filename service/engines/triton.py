@@ -87,6 +87,8 @@ class TritonEngine:
         self._replicas = [
             Replica(address, InferenceServerClient(address, channel_args=CHANNEL)) for address in addresses
         ]
+        for address in addresses:
+            metrics.engine_failures.labels(address)
         self._known: dict[str, ModelStatus] = {}
         """What was last served, for the time in which no address answers."""
         self._watches: list[asyncio.Task[None]] = []
