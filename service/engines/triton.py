@@ -168,9 +168,10 @@ class TritonEngine:
                 answer = await self._call(replica, entry, job, rows)
             except EngineUnavailable as error:
                 failure = error
+                if not replica.failures:  # the first in a row: an outage is one line, not one for each request
+                    log.warning("engine failed", address=replica.address, model=job.model, reason=str(error))
                 replica.failed(asyncio.get_running_loop().time())
                 self._metrics.engine_failures.labels(replica.address).inc()
-                log.warning("engine failed", address=replica.address, model=job.model, reason=str(error))
             else:
                 replica.worked()
                 return answer
