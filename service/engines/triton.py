@@ -47,6 +47,9 @@ SHUNNED_S = (0.5, 1.0, 2.0, 5.0)
 """How long an address that failed is avoided while another is to be had, by failures in a row."""
 
 
+NOT_LOADED = "Triton has not loaded it"
+
+
 @dataclass(eq=False)
 class Replica:
     """One Triton: its client, what it serves, and how it does."""
@@ -168,7 +171,9 @@ class TritonEngine:
                 answer = await self._call(replica, entry, job, rows)
             except EngineUnavailable as error:
                 failure = error
-                if not replica.failures:  # the first in a row: an outage is one line, not one for each request
+                if (
+                    not replica.failures
+                ):  # the first in a row: an outage is one line, not one for each request
                     log.warning("engine failed", address=replica.address, model=job.model, reason=str(error))
                 replica.failed(asyncio.get_running_loop().time())
                 self._metrics.engine_failures.labels(replica.address).inc()
@@ -253,7 +258,7 @@ class TritonEngine:
         for name, rows in itertools.groupby(seen, key=lambda row: row[0]):
             if self._chosen is None or name in self._chosen:
                 models[name] = await self._read_model(replica, name, list(rows))
-                if models[name].entry is None:
+                if models[name].entry is None and models[name].reason != NOT_LOADED:
                     log.error(
                         "entry refused", model=name, address=replica.address, reason=models[name].reason
                     )
@@ -265,7 +270,7 @@ class TritonEngine:
         ready = {version for _, version, state, _ in rows if state == "READY"}
         if not ready:
             reasons = "; ".join(sorted({reason.splitlines()[0] for *_, reason in rows if reason}))
-            return ModelStatus(name, None, reason=reasons or "Triton has not loaded it", ready=False)
+            return ModelStatus(name, None, reason=reasons or NOT_LOADED, ready=False)
         response = await replica.client.get_model_config(name, client_timeout=CALL_TIMEOUT_S)
         where = f"{replica.address}: {name}"
         try:
