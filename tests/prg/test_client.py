@@ -1,0 +1,142 @@
+"""The client against the service itself, and what it does when that refuses."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from prg import client as module
+from prg.client import AsyncClient, Client, ServiceError
+from service.app import create_app
+from service.settings import Settings
+from tests.tiny import png, write_tiny_entry
+
+RED, BLUE = png(), png((0, 0, 255))
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Any]:
+    """The service on a tiny entry, its lifespan under way."""
+    write_tiny_entry(tmp_path / "models")
+    with TestClient(create_app(Settings(model_repository=tmp_path / "models"))) as running:
+        yield running
+
+
+@pytest.fixture
+def client(app: TestClient) -> Client:
+    found = Client()
+    found._http = app
+    return found
+
+
+def test_embeddings_of_many_images_in_order(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(BLUE)
+    images = [RED, tmp_path / "a.png", str(tmp_path / "a.png"), b"text", *([RED, BLUE] * 35)]
+    found = client.embed(images, t_end=0.5)
+    assert found.vectors.shape == (74, 4)
+    assert found.vectors.dtype == np.float32
+    assert found.vectors[0] == pytest.approx([1, 0, 0, 0.5])
+    assert found.vectors[[1, 2, 73]] == pytest.approx(np.array([[0, 0, 1, 0.5]] * 3))
+    assert list(found.errors) == [3]
+    assert np.isnan(found.vectors[3]).all()
+    assert len(found.fingerprint) == 12
+
+
+def test_levels_features_and_lengths(client: Client) -> None:
+    found = client.embed([RED, BLUE], t_end=[0.5, 0.25, 1.0], feature="state", normalize=True)
+    assert found.vectors.shape == (2, 3, 768)
+    assert np.linalg.norm(found.vectors, axis=2) == pytest.approx(np.ones((2, 3)), abs=1e-5)
+
+
+def test_classes_and_models(client: Client) -> None:
+    found = client.classify([BLUE, b"text"], top_k=2)
+    assert [p.label for p in found.predictions[0]] == ["blue", "late"]
+    assert found.predictions[1] == []
+    assert list(found.errors) == [1]
+    assert client.models()["default"] == "tiny"
+
+
+def test_all_bad_is_no_exception_and_none_is(client: Client) -> None:
+    assert list(client.embed([b"text"]).errors) == [0]
+    with pytest.raises(ValueError, match="no images"):
+        client.embed([])
+    with pytest.raises(ServiceError, match="422: .*unknown"):
+        client.embed([RED], model="unknown")
+
+
+def test_asyncio(tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path)
+
+    async def scene() -> None:
+        app = create_app(Settings(model_repository=tmp_path))
+        async with app.router.lifespan_context(app), AsyncClient() as found:
+            found._http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
+            several = await asyncio.gather(*(found.embed([RED, BLUE], t_end=k / 8) for k in range(8)))
+            assert [e.vectors[1, 3] for e in several] == [k / 8 for k in range(8)]
+            assert (await found.classify([BLUE])).predictions[0][0].label == "blue"
+            with pytest.raises(ServiceError, match="t_end"):
+                await found.embed([RED], t_end=3)
+
+    asyncio.run(scene())
+
+
+class Script:
+    """A transport that answers as it is told, and a clock that keeps what was waited."""
+
+    def __init__(self, *steps: Any) -> None:
+        self.steps = list(steps)
+        self.waited: list[float] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        step = self.steps.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        status, headers = step
+        return httpx.Response(
+            status, headers=headers, json={"data": [], "default": "x"} if status == 200 else {"detail": "no"}
+        )
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Any) -> tuple[Client, Script]:
+    script = Script(*steps)
+    monkeypatch.setattr(module.time, "sleep", script.waited.append)
+    found = Client()
+    found._http = httpx.Client(transport=httpx.MockTransport(script), base_url="http://service")
+    return found, script
+
+
+def test_it_waits_as_long_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = httpx.ConnectError("refused")
+    steps = [(503, {"Retry-After": "7"}), (429, {"Retry-After": "9999"}), refusal, (503, {}), (200, {})]
+    found, script = scripted(monkeypatch, *steps)
+    assert found.models()["default"] == "x"
+    assert script.waited == [7, 60, 1, 2]
+
+
+def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = scripted(monkeypatch, *[(503, {})] * 7)
+    with pytest.raises(ServiceError, match="503: no"):
+        found.models()
+    found, _ = scripted(monkeypatch, *[httpx.ConnectError("refused")] * 7)
+    with pytest.raises(httpx.ConnectError):
+        found.models()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 504])
+def test_other_errors_are_not_tried_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    found, script = scripted(monkeypatch, (status, {}))
+    with pytest.raises(ServiceError, match=str(status)):
+        found.models()
+    assert script.waited == []
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, prg.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
