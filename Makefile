@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Where the CPU build of PyTorch comes from. For a CUDA build: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH = torch==2.13.0
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check
 RUN = .venv/bin/
 ifneq ($(wildcard ../shared/data),)
 export PRG_TEST_DATA ?= $(abspath ../shared/data)
