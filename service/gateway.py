@@ -54,11 +54,11 @@ class Gateway:
     def choose(self, options: Options) -> Chosen:
         """The model a request means. Raises Problem: 422 for an unknown one, 503 for one that failed."""
         models = self.engine.models()
-        name = options.model or self.default_model()
-        status = models.get(name) if name else None
+        name = self.default_model() if options.model is None else options.model
+        status = None if name is None else models.get(name)
         if not models:
             raise overloaded("no model is loaded", 5)
-        if status is None and options.model:
+        if status is None and options.model is not None:
             there = ", ".join(models)
             raise Problem(422, "Unknown model", f"no model {options.model!r} here; there are: {there}")
         if status is None or status.entry is None:

@@ -36,8 +36,6 @@ FORMS = (
     "send multipart/form-data with `files` (curl -F files=@photo.jpg), an image as the body with its "
     'image/* type, or JSON {"inputs": [{"b64": "…"}]}'
 )
-MULTIPLE = ("t_end",)
-"""Options that mean a list where they are repeated."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def parse_options(kind: type[Kind], given: Iterable[Given]) -> Kind:
                 )
             grouped.setdefault(name, []).append(value)
         for name, found in grouped.items():
-            repeated = name in MULTIPLE and len(found) > 1
+            repeated = name in kind.lists and len(found) > 1
             for value in [found] if repeated else found:
                 parsed = _parse(kind, name, value, source.text)
                 if name in values and values[name] != parsed:

@@ -1,6 +1,6 @@
 """What a request may say and what an answer holds; the OpenAPI page is made of these."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -14,6 +14,8 @@ class Options(BaseModel):
     """Options of both POST routes. A description completes the sentence "it must be …"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    lists: ClassVar[frozenset[str]] = frozenset()
+    """Options that mean a list where they are repeated."""
 
     model: str | None = Field(None, description="the name of a model of GET /models")
     model_version: str | None = Field(None, description="a version of that model")
@@ -26,6 +28,8 @@ class Options(BaseModel):
 
 class EmbedOptions(Options):
     """Options of POST /embed."""
+
+    lists = frozenset({"t_end"})
 
     t_end: Level | Annotated[list[Level], Field(min_length=1, max_length=MAX_LEVELS)] | None = Field(
         None, description=f"a number from 0 (noise) to 1 (the image), or up to {MAX_LEVELS} of them"

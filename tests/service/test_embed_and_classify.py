@@ -223,6 +223,7 @@ def test_data_uris(client: TestClient) -> None:
         ("/embed", {"t_end": ["0.1", "2"]}, ["t_end"]),
         ("/embed", {"feature": "pixels"}, ["feature", "'pixels'", "state or hidden"]),
         ("/embed", {"model": "other"}, ["'other'", "tiny"]),
+        ("/embed", {"model": ""}, ["''", "tiny"]),
         ("/embed", {"model_version": "7"}, ["'7'", "there are: 1"]),
         ("/embed", {"normalize": "perhaps"}, ["normalize", "true or false"]),
         ("/embed", {"encoding_format": "hex"}, ["encoding_format", "base64"]),
@@ -266,6 +267,10 @@ def test_the_same_option_twice_must_agree(client: TestClient) -> None:
     assert same.status_code == 200
     differing = client.post("/embed", json={"inputs": [b64(png())], "t_end": 0.5}, params={"t_end": "0.6"})
     assert "twice" in problem(differing, 422)
+    repeated = client.post(
+        "/classify", files=files(png()), params={"t_end": ["0.5", "0.50"], "top_k": ["1", "1"]}
+    )
+    assert repeated.json()["t_end"] == 0.5
 
 
 @pytest.mark.parametrize(
