@@ -46,6 +46,7 @@ check: .venv/.setup ## format, lint, types, import rules
 	$(RUN)ruff check .
 	$(RUN)mypy
 	$(RUN)lint-imports
+	$(RUN)hadolint docker/*.Dockerfile
 
 bench: .venv/.setup ## measure the extractor and the gateway on this machine
 	PYTHONPATH=. $(RUN)python benchmarks/extractor.py
