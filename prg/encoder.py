@@ -53,8 +53,10 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.solver = Solver(VelocityField(net, reversed_time), config.solver, config.steps, save_memory)
-        self.t_start = PATHS[config.path].t_start
+        path = PATHS[config.path]
+        field = VelocityField(net, reversed_time, path.predicts_noise)
+        self.solver = Solver(field, config.solver, config.steps, save_memory)
+        self.t_start = path.t_start
         self.blocks = net.block_numbers(config.layers)
         with torch.no_grad():
             side = net.config.image_size

@@ -49,7 +49,9 @@ def samples(net: UNet, recipe: Recipe, path: Path, count: int = 64, steps: int =
     side = recipe.image.size
     generator = torch.Generator(device).manual_seed(recipe.seed)
     noise = torch.randn(count, 3, side, side, generator=generator, device=device)
-    x = integrate(VelocityField(net), noise, 0.0, PATHS[recipe.encoder.path].t_start, steps, "heun")
+    route = PATHS[recipe.encoder.path]
+    field = VelocityField(net, predicts_noise=route.predicts_noise)
+    x = integrate(field, noise, 0.0, route.t_start, steps, "heun")
     columns = round(count**0.5)
     save_grid(to_pixels(x, recipe.image), columns, path)
 

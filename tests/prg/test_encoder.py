@@ -6,6 +6,7 @@ from networks import random_net
 
 from prg.classifier import Classifier, HeadConfig
 from prg.encoder import Encoder, EncoderConfig, pooled_state
+from prg.paths import PATHS
 
 LEVELS = torch.tensor([1.0, 0.8, 0.35, 0.0])
 
@@ -19,9 +20,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().amax(1) / b.abs().amax(1)).max().item()
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_a_mixed_batch_equals_the_images_alone(solver: str) -> None:
-    encoder = Encoder(random_net(), EncoderConfig(solver=solver, steps=3))
+def test_a_mixed_batch_equals_the_images_alone(solver: str, path: str) -> None:
+    encoder = Encoder(random_net(), EncoderConfig(path, solver, steps=3))
     model = Classifier(encoder, HeadConfig(5, "both")).eval()
     with torch.inference_mode():
         together = model(images(), LEVELS)

@@ -175,3 +175,21 @@ def test_errors_are_explained(
     assert error.startswith("prg: ")
     assert named in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("path", ["gvp", "vp"])
+def test_other_paths_go_the_whole_way(
+    path: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, entry = str(tmp_path / "run"), tmp_path / "models" / path
+    settings = overrides(f"encoder.path={path}", "pretrain.epochs=1", "finetune.epochs=6")
+    assert main(["pretrain", run, "--recipe", "images-32", "--data", str(photos), *settings]) == 0
+    assert main(["finetune", run]) == 0
+    assert main(["export", run, str(entry)]) == 0
+    assert read_entry(entry).prg.path == path
+    assert main(["evaluate", str(entry), "--data", str(photos)]) == 0
+    assert figures(capsys.readouterr().out)["top1"] > 0.8
+    other = [*overrides(), "--init", str(tmp_path / "run" / "pretrain" / "checkpoint.safetensors")]
+    command = ["finetune", str(tmp_path / "other"), "--recipe", "images-32", "--data", str(photos), *other]
+    assert main(command) == 1
+    assert f"encoder.path was '{path}', is 'icfm'" in capsys.readouterr().err
