@@ -13,6 +13,20 @@ from torch import Tensor, nn
 from prg.unet import UNet
 
 
+def independent(noise: Tensor, data: Tensor) -> Tensor:
+    """Pairs as they were drawn."""
+    return noise
+
+
+def optimal(noise: Tensor, data: Tensor) -> Tensor:
+    """Pairs of least total squared distance within the batch, exactly (Pooladian et al. 2023; Tong et al. 2023)."""
+    import ot  # here: only training on this path needs it
+
+    cost = torch.cdist(noise.flatten(1).double(), data.flatten(1).double()).square()
+    plan = ot.emd([], [], cost.cpu().numpy())  # between uniform weights of one size it is a permutation
+    return noise[torch.from_numpy(plan.argmax(axis=0)).to(noise.device)]
+
+
 @dataclass(frozen=True)
 class Path:
     """One path x_t = data_scale(t) * data + noise_scale(t) * noise."""
@@ -27,6 +41,8 @@ class Path:
     """Where a reverse solve begins; below 1 where the velocity is infinite at the data."""
     predicts_noise: bool = False
     """The network's output is the noise of x_t, not the velocity."""
+    couple: Callable[[Tensor, Tensor], Tensor] = independent
+    """couple(noise, data) -> noise in the order in which it is paired with the data; any device."""
 
     def point(self, t: Tensor, noise: Tensor, data: Tensor) -> Tensor:
         """x_t for t [B]; noise and data [B, C, H, W]."""
@@ -74,6 +90,14 @@ def vp_sigma(t: Tensor) -> Tensor:
 PATHS: dict[str, Path] = {
     # independent coupling, sigma = 0 (Lipman et al. 2022; Tong et al. 2023)
     "icfm": Path(lambda t: t, lambda t: 1 - t, lambda t: torch.ones_like(t), lambda t: -torch.ones_like(t)),
+    # the same line between pairs of an optimal coupling
+    "otcfm": Path(
+        lambda t: t,
+        lambda t: 1 - t,
+        lambda t: torch.ones_like(t),
+        lambda t: -torch.ones_like(t),
+        couple=optimal,
+    ),
     # "generalised variance preserving" (Albergo et al. 2023): the shares are sine and cosine
     "gvp": Path(
         lambda t: torch.sin(math.pi / 2 * t),

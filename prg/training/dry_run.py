@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prg.encoder import Encoder
 from prg.recipe import Recipe, recipe_table
-from prg.training.finetune import build_classifier, finetuning_loss
+from prg.training.finetune import build_classifier, finetuning_batch, finetuning_loss
 from prg.training.loop import device_name, step_generator
-from prg.training.pretrain import pretraining_loss
+from prg.training.pretrain import pretraining_batch, pretraining_loss
 from prg.training.run import choose_device
 from prg.unet import UNet
 
@@ -59,13 +59,11 @@ def images_per_second(recipe: Recipe, stage: str, device: torch.device, steps: i
     """Training speed of a stage in fp32, from a few steps on random images."""
     model: torch.nn.Module
     if stage == "pretrain":
-        model, loss, batch = UNet(recipe.unet), pretraining_loss(recipe), recipe.pretrain.batch
+        model, batch = UNet(recipe.unet), recipe.pretrain.batch
+        prepare, loss = pretraining_batch(recipe), pretraining_loss(recipe)
     else:
-        model, loss, batch = (
-            build_classifier(recipe, PROBE_CLASSES),
-            finetuning_loss(recipe),
-            recipe.finetune.batch,
-        )
+        model, batch = build_classifier(recipe, PROBE_CLASSES), recipe.finetune.batch
+        prepare, loss = finetuning_batch(recipe), finetuning_loss(recipe)
     model.to(device)
     side = recipe.image.size
     pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
@@ -73,7 +71,7 @@ def images_per_second(recipe: Recipe, stage: str, device: torch.device, steps: i
     times = []
     for step in range(steps):
         start = time.perf_counter()
-        loss(model, pixels, labels, step_generator(0, step, device)).backward()
+        loss(model, prepare(pixels, labels, step_generator(0, step, device))).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

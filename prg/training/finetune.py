@@ -1,7 +1,6 @@
 """Fine-tuning: encoder and head together, through the reverse ODE."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from prg.recipe import Recipe, recipe_table
 from prg.training import figures
 from prg.training.augmentation import augment, normalise
 from prg.training.data import DataError, Images
-from prg.training.loop import Job, differences, train
+from prg.training.loop import Batch, Job, Loss, Prepare, differences, train
 from prg.training.run import Run, choose_device
 from prg.unet import UNet
 
@@ -50,6 +49,7 @@ def finetuning_job(run: Run, init: Path) -> Job:
     return Job(
         kind="finetune",
         model=model,
+        prepare=finetuning_batch(recipe),
         loss=finetuning_loss(recipe),
         validate=lambda m: validation_figures(m, recipe, held_back),
         images=images,
@@ -94,17 +94,27 @@ def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
     return {k: saved.facts[k] for k in ("step", "steps", "seconds", "precision", "device", "settings")}
 
 
-def finetuning_loss(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]:
-    """Label-smoothed cross-entropy at one of the recipe's levels, drawn for each image."""
+def finetuning_batch(recipe: Recipe) -> Prepare:
+    """(images, labels, levels): one of the recipe's levels is drawn for each image."""
     config = recipe.finetune
 
-    def loss(model: nn.Module, pixels: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    def prepare(pixels: Tensor, labels: Tensor | None, generator: torch.Generator) -> Batch:
         assert labels is not None
         x = normalise(augment(pixels, config.augment, generator), recipe.image.mean, recipe.image.std)
         levels = torch.tensor(config.t_end, device=x.device)
         drawn = torch.randint(len(levels), (len(x),), generator=generator, device=x.device)
-        _, _, logits = model(x, levels[drawn])
-        return F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        return x, labels, levels[drawn]
+
+    return prepare
+
+
+def finetuning_loss(recipe: Recipe) -> Loss:
+    """Label-smoothed cross-entropy of the logits."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        x, labels, levels = batch
+        _, _, logits = model(x, levels)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.finetune.label_smoothing)
 
     return loss
 

@@ -7,7 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,8 +33,14 @@ from prg.training.progress import track
 SAVE_EVERY_S = 120.0
 LOG_EVERY_STEPS = 50
 
-Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
-"""loss(model, pixels uint8 [B, 3, S, S], labels int64 [B] or None, generator) -> scalar."""
+Batch = tuple[Tensor, ...]
+Prepare = Callable[[Tensor, Tensor | None, torch.Generator], Batch]
+"""prepare(pixels uint8 [B, 3, S, S], labels int64 [B] or None, generator) -> what the loss needs.
+
+Everything random, and whatever else does not need the model: it runs a step ahead, beside the training.
+"""
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""loss(model, batch) -> scalar."""
 Validate = Callable[[nn.Module], dict[str, float]]
 """Figures of the (averaged) model on the validation images."""
 
@@ -49,6 +56,7 @@ class Job:
     kind: str
     """pretrain or finetune: the kind of the checkpoint."""
     model: nn.Module
+    prepare: Prepare
     loss: Loss
     validate: Validate
     images: Images
@@ -118,6 +126,12 @@ class Trainer:
         self.step = 0
         self.precision: Precision = "fp32"
         self.seconds = 0.0
+        self._worker = ThreadPoolExecutor(1, "prepare")
+        self._ahead: dict[int, Future[Batch]] = {}
+
+    def close(self) -> None:
+        """End the preparing thread."""
+        self._worker.shutdown(cancel_futures=True)
 
     def resume(self) -> bool:
         """Continue from the run's own checkpoint, if there is one; True if there was."""
@@ -169,17 +183,24 @@ class Trainer:
         }
         save_checkpoint(self.job.checkpoint, Checkpoint(tensors, facts))
 
-    def loss(self, step: int, precision: Precision) -> Tensor:
-        """The loss of one step's batch."""
+    def batch(self, step: int) -> Batch:
+        """What one step's loss needs."""
         job = self.job
         index = batch_at(len(job.images), job.config.batch, job.seed, step)
         pixels = torch.from_numpy(np.ascontiguousarray(job.images.pixels[index])).to(job.device)
         labels = None
         if job.images.labels is not None:
             labels = torch.from_numpy(job.images.labels[index]).to(job.device)
-        generator = step_generator(job.seed, step, job.device)
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return job.loss(self.model, pixels, labels, generator)
+        return job.prepare(pixels, labels, step_generator(job.seed, step, job.device))
+
+    def loss(self, step: int, precision: Precision) -> Tensor:
+        """The loss of one step's batch; the next step's is prepared meanwhile."""
+        ready = self._ahead.pop(step, None) or self._worker.submit(self.batch, step)
+        if step + 1 < self.job.steps:
+            self._ahead = {step + 1: self._worker.submit(self.batch, step + 1)}
+        batch = ready.result()
+        with torch.autocast(self.job.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return self.job.loss(self.model, batch)
 
     def advance(self) -> float:
         """One step of optimisation; returns its loss. Raises FloatingPointError if the loss is not finite."""
@@ -224,7 +245,12 @@ def train(job: Job) -> Trainer:
     Writes checkpoint.safetensors and metrics.jsonl to the run's folder. Raises Interrupted after SIGINT or
     SIGTERM, FloatingPointError for a loss that is not finite, CheckpointError for a checkpoint of another run.
     """
-    trainer = Trainer(job)
+    with closing(Trainer(job)) as trainer:
+        _train(job, trainer)
+    return trainer
+
+
+def _train(job: Job, trainer: Trainer) -> None:
     resumed = trainer.resume()
     if job.config.precision != "auto":
         trainer.precision = job.config.precision
@@ -259,7 +285,6 @@ def train(job: Job) -> Trainer:
                 raise Interrupted(
                     f"stopped at step {trainer.step} of {job.steps}; the same command continues"
                 )
-    return trainer
 
 
 class Metrics:

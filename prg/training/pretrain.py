@@ -1,16 +1,14 @@
 """Pretraining: a velocity network from images without labels, by flow matching."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from prg.paths import PATHS, flow_matching_loss
+from prg.paths import PATHS, Path, flow_matching_loss
 from prg.recipe import Recipe
 from prg.training import figures
 from prg.training.augmentation import augment, normalise
 from prg.training.data import Images
-from prg.training.loop import Job, step_generator, train
+from prg.training.loop import Batch, Job, Loss, Prepare, step_generator, train
 from prg.training.run import Run, choose_device
 from prg.unet import UNet
 
@@ -38,6 +36,7 @@ def pretraining_job(run: Run) -> Job:
     return Job(
         kind="pretrain",
         model=UNet(recipe.unet),
+        prepare=pretraining_batch(recipe),
         loss=pretraining_loss(recipe),
         validate=lambda net: {"validation_loss": validation_loss(net, recipe, held_back)},
         images=images,
@@ -50,17 +49,30 @@ def pretraining_job(run: Run) -> Job:
     )
 
 
-def pretraining_loss(
-    recipe: Recipe,
-) -> Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]:
-    """Flow matching on the recipe's path: t uniform on (0, t_start), noise drawn anew for each image."""
+def pretraining_batch(recipe: Recipe) -> Prepare:
+    """(data, noise, t): t uniform on (0, t_start), noise drawn anew for each image and paired by the path."""
     path = PATHS[recipe.encoder.path]
 
-    def loss(net: nn.Module, pixels: Tensor, _: Tensor | None, generator: torch.Generator) -> Tensor:
-        x = augment(pixels, recipe.pretrain.augment, generator)
-        data = normalise(x, recipe.image.mean, recipe.image.std)
-        noise = torch.randn(data.shape, generator=generator, device=data.device)
-        t = torch.rand(len(data), generator=generator, device=data.device) * path.t_start
+    def prepare(pixels: Tensor, _: Tensor | None, generator: torch.Generator) -> Batch:
+        return draw(augment(pixels, recipe.pretrain.augment, generator), recipe, path, generator)
+
+    return prepare
+
+
+def draw(pixels: Tensor, recipe: Recipe, path: Path, generator: torch.Generator) -> Batch:
+    """(data, noise, t) of these images."""
+    data = normalise(pixels, recipe.image.mean, recipe.image.std)
+    noise = torch.randn(data.shape, generator=generator, device=data.device)
+    t = torch.rand(len(data), generator=generator, device=data.device) * path.t_start
+    return data, path.couple(noise, data), t
+
+
+def pretraining_loss(recipe: Recipe) -> Loss:
+    """Flow matching on the recipe's path."""
+    path = PATHS[recipe.encoder.path]
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        data, noise, t = batch
         return flow_matching_loss(net, path, data, noise, t)
 
     return loss
@@ -74,8 +86,6 @@ def validation_loss(net: nn.Module, recipe: Recipe, images: Images) -> float:
     for start in range(0, len(images), VALIDATION_BATCH):
         pixels = torch.from_numpy(images.pixels[start : start + VALIDATION_BATCH]).to(device)
         generator = step_generator(recipe.seed, VALIDATION_DRAW + start, device)
-        data = normalise(pixels, recipe.image.mean, recipe.image.std)
-        noise = torch.randn(data.shape, generator=generator, device=device)
-        t = torch.rand(len(data), generator=generator, device=device) * path.t_start
+        data, noise, t = draw(pixels, recipe, path, generator)
         total += flow_matching_loss(net, path, data, noise, t).item() * len(data)
     return total / len(images)

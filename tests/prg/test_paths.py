@@ -1,5 +1,7 @@
 """Every path: ends, velocity as a time derivative, and a closed form recovered by training."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -91,3 +93,26 @@ def test_loss_is_half_the_squared_error_summed_over_channels() -> None:
     data, noise = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     loss = flow_matching_loss(Affine(1), PATHS["icfm"], data, noise, torch.rand(2))
     assert loss.item() == pytest.approx(1.5)  # the velocity is 1 everywhere, the prediction 0
+
+
+def test_the_optimal_coupling_is_a_permutation_of_least_cost() -> None:
+    noise, data = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def cost(paired: torch.Tensor) -> float:
+        return (paired - data).square().sum().item()
+
+    paired = PATHS["otcfm"].couple(noise, data)
+    least = min(cost(noise[list(order)]) for order in itertools.permutations(range(6)))
+    assert cost(paired) == pytest.approx(least)
+    assert cost(paired) <= cost(noise)
+    assert {tuple(row.flatten().tolist()) for row in paired} == {
+        tuple(row.flatten().tolist()) for row in noise
+    }
+
+
+def test_in_one_dimension_the_optimal_coupling_sorts() -> None:
+    noise, data = torch.randn(2, 500, 1, 1, 1, generator=torch.Generator().manual_seed(2))
+    paired = PATHS["otcfm"].couple(noise, data)
+    order = data.flatten().argsort()
+    assert torch.equal(paired.flatten()[order], noise.flatten().sort().values)
+    assert torch.equal(PATHS["icfm"].couple(noise, data), noise)

@@ -177,7 +177,7 @@ def test_errors_are_explained(
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("path", ["gvp", "vp"])
+@pytest.mark.parametrize("path", ["otcfm", "gvp", "vp"])
 def test_other_paths_go_the_whole_way(
     path: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
