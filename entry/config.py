@@ -318,6 +318,8 @@ def find_entries(repository: Path) -> dict[str, Entry | EntryError]:
             found[path.parent.name] = read_entry(path.parent)
         except EntryError as error:
             found[path.parent.name] = error
+        except (ValueError, RecursionError) as error:  # numbers too large for Triton's message, JSON too deep
+            found[path.parent.name] = EntryError(f"{path}: can't be used ({error}); {REMEDY}")
     return found
 
 

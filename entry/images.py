@@ -1,6 +1,8 @@
 """Bytes of an image to uint8 [3, S, S]: every limit before decoding, then decoding."""
 
 import io
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +36,12 @@ OTHERS = {
     b"P7": "PNM",
 }
 """How files of some formats begin that are images, but not accepted."""
+
+
+LARGE_PIXELS = 12_000_000
+"""Of pictures larger than this one is decoded at a time, whatever the number of threads: each can take hundreds
+of megabytes for a moment."""
+_large = threading.Lock()
 
 
 class ImageError(ValueError):
@@ -77,7 +85,8 @@ def load_image(data: bytes, spec: ImageSpec, limits: Limits = Limits()) -> np.nd
                 f"at most {limits.max_pixels:,} are taken",
             )
         try:
-            return image_array(picture, spec)
+            with _large if pixels > LARGE_PIXELS else nullcontext():
+                return image_array(picture, spec)
         except Exception as error:  # decoders raise nearly anything on hostile files; nothing else runs here
             raise ImageError(
                 422,

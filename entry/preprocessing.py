@@ -20,6 +20,7 @@ UPRIGHT = {
 }
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Colour space of an ICC profile -> the Pillow mode it describes."""
+STRIP_ROWS = 64
 SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -72,12 +73,11 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     in [0, 255] if one is above 1.
     """
     if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        return _grey((values + 128) // 257, picture)
+        return _grey(np.asarray(picture), lambda v: (v.astype(np.int64).clip(0, 65535) + 128) // 257, picture)
     if picture.mode == "F":
-        reals = np.nan_to_num(np.asarray(picture))
-        scale = 255 if reals.max(initial=0) <= 1 else 1
-        return _grey((reals * scale).clip(0, 255).round(), picture)
+        reals = np.asarray(picture)
+        scale = 255 if np.nanmax(np.where(np.isfinite(reals), reals, 0), initial=0) <= 1 else 1
+        return _grey(reals, lambda v: (np.nan_to_num(v) * scale).clip(0, 255).round(), picture)
     return picture
 
 
@@ -118,8 +118,14 @@ def resize_and_crop(picture: Image.Image, resize: int, size: int) -> Image.Image
     return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def _grey(values: np.ndarray, picture: Image.Image) -> Image.Image:
-    grey = Image.fromarray(values.astype(np.uint8))
+def _grey(
+    values: np.ndarray, to_8_bits: Callable[[np.ndarray], np.ndarray], picture: Image.Image
+) -> Image.Image:
+    """Converted in strips, because the wide numbers in between would take eight times a large picture's memory."""
+    converted = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), STRIP_ROWS):
+        converted[top : top + STRIP_ROWS] = to_8_bits(values[top : top + STRIP_ROWS])
+    grey = Image.fromarray(converted)
     if "icc_profile" in picture.info:
         grey.info["icc_profile"] = picture.info["icc_profile"]
     return grey

@@ -85,3 +85,15 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], path: Pat
             "use the recipe that the checkpoint was made with"
         )
     module.load_state_dict(tensors)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two recipes, key by key."""
+    out = []
+    for key in sorted(saved.keys() | now.keys()):
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} was {a!r}, is {b!r}")
+    return out

@@ -127,6 +127,9 @@ def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
     async def reload() -> None:
         try:
             gateway.keys.reload()
+        except SettingsError as error:  # the old keys stay, and the models are looked at all the same
+            log.error("reload failed", reason=str(error))
+        try:
             await gateway.engine.rescan()
         except Exception as error:  # serving goes on with what there was
             log.error("reload failed", reason=str(error))
@@ -146,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--new-key", metavar="NAME", help="print a new API key and its row for the keys file")
     arguments = parser.parse_args(argv)
-    if arguments.new_key:
+    if arguments.new_key is not None:
+        if not arguments.new_key.strip() or not arguments.new_key.isprintable():
+            parser.error("--new-key needs a name of printable characters")
         key, row = new_key(arguments.new_key)
         print(
             f"# Give this key to its user; it is kept nowhere:\n# {key}\n# and add this to PRG_API_KEYS_FILE:\n{row}"

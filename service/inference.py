@@ -22,7 +22,8 @@ from service.limits import Priority
 from service.telemetry import Metrics
 
 RATE_WINDOW_S = 10.0
-"""Over how long the speed is looked at that Retry-After is computed from."""
+RATE_REQUESTS = 500
+"""Over how long, and over how many requests at most, the speed is looked at that Retry-After is made of."""
 
 
 class EngineError(Exception):
@@ -74,6 +75,8 @@ class Job:
 
     model: str
     version: str
+    fingerprint: str
+    """Of the weights that are meant: an engine that has others now refuses."""
     images: np.ndarray  # uint8 [N, 3, S, S]
     t_end: np.ndarray  # float32 [N]
     outputs: tuple[str, ...]
@@ -196,6 +199,7 @@ class Inference:
         job = Job(
             model=work.model,
             version=work.version,
+            fingerprint=work.entry.fingerprint(work.version),
             images=np.repeat(images, levels, axis=0),
             t_end=np.tile(np.array(work.levels, np.float32), count),
             outputs=(work.output,),
@@ -225,7 +229,10 @@ class Admission:
         self.capacity = capacity
         self.held = 0
         self._metrics = metrics
-        self._done: deque[tuple[float, int]] = deque()  # (when, rows)
+        self._done: deque[tuple[float, float, int]] = deque(maxlen=RATE_REQUESTS)
+        """(when it ended, busy seconds when it began, rows) of the last requests."""
+        self._busy_s = 0.0
+        self._changed = time.monotonic()
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
@@ -241,21 +248,31 @@ class Admission:
             raise overloaded(
                 f"{self.held} images are waiting, at most {self.capacity} may", self.retry_after_s()
             )
-        self._hold(rows)
+        begun = self._hold(rows)
         try:
             yield
-            self._done.append((time.monotonic(), rows))
-        finally:
+        except BaseException:
             self._hold(-rows)
+            raise
+        self._hold(-rows)
+        self._done.append((time.monotonic(), begun, rows))
 
     def retry_after_s(self) -> int:
-        """Seconds until what waits now will be done, at the speed of the last moments; from 1 to 60."""
+        """Seconds until what waits now will be done, at the speed of the last busy moments; from 1 to 60."""
         now = time.monotonic()
-        while self._done and self._done[0][0] < now - RATE_WINDOW_S:
-            self._done.popleft()
-        rate = sum(rows for _, rows in self._done) / RATE_WINDOW_S
-        return min(60, max(1, math.ceil(self.held / rate))) if rate else 1
+        recent = [(begun, rows) for ended, begun, rows in self._done if ended > now - RATE_WINDOW_S]
+        busy_s = self._hold(0) - min((begun for begun, _ in recent), default=0.0)
+        if not recent or busy_s <= 0:
+            return 1
+        rate = sum(rows for _, rows in recent) / busy_s
+        return min(60, max(1, math.ceil(self.held / rate)))
 
-    def _hold(self, rows: int) -> None:
+    def _hold(self, rows: int) -> float:
+        """Count rows in or out; returns for how many seconds there was anything in the house, ever."""
+        now = time.monotonic()
+        if self.held:
+            self._busy_s += now - self._changed
+        self._changed = now
         self.held += rows
         self._metrics.queued_images.set(self.held)
+        return self._busy_s

@@ -2,13 +2,13 @@
 
 import base64
 import binascii
+import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-import orjson
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
@@ -129,6 +129,8 @@ async def _form(request: Request, max_images: int) -> AsyncIterator[tuple[list[I
         if "Too many files" in error.detail:
             raise _too_many(max_images) from None
         raise Problem(422, "Malformed body", f"the multipart body does not parse: {error.detail}") from None
+    except (UnicodeError, LookupError) as error:
+        raise Problem(422, "Malformed body", f"the multipart body has a strange charset: {error}") from None
     try:
         items: list[Item] = []
         pairs: list[tuple[str, Any]] = []
@@ -148,8 +150,8 @@ async def _form(request: Request, max_images: int) -> AsyncIterator[tuple[list[I
 
 def _parse_json(body: bytes, limits: Limits) -> tuple[list[Item], Given]:
     try:
-        table = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        table = json.loads(body, object_pairs_hook=_no_contradiction, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise Problem(422, "Malformed body", f"the JSON does not parse: {error}") from None
     if not isinstance(table, dict) or not isinstance(table.get("inputs"), list):
         raise Problem(422, "Malformed body", 'the JSON must be an object such as {"inputs": [{"b64": "…"}]}')
@@ -158,6 +160,22 @@ def _parse_json(body: bytes, limits: Limits) -> tuple[list[Item], Given]:
         items.append(_item(entry, f"inputs[{index}]", limits))
     # A null is an option left out, as in most clients' serialisation.
     return items, Given([(k, v) for k, v in table.items() if v is not None], False, "the JSON")
+
+
+def _no_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys do not contradict each other; JSON itself would take the last."""
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table and table[key] != value:
+            raise Problem(
+                422, "Contradicting options", f"{key[:80]!r} is in the JSON twice, with different values"
+            )
+        table[key] = value
+    return table
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _item(entry: object, where: str, limits: Limits) -> Item:

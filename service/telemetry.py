@@ -160,4 +160,5 @@ def configure_logs() -> None:
     )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(formatter)
+    logging.captureWarnings(True)
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)

@@ -98,6 +98,11 @@ def write_tiny_entry(
     return directory
 
 
+def tiny_fingerprint(version: str = "1", head: bool = True) -> str:
+    """Of a version that `write_tiny_entry` wrote."""
+    return hashlib.sha256(tiny_module(head, (int(version) - 1) / 100)).hexdigest()[:12]
+
+
 def png(colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (40, 32)) -> bytes:
     """A one-coloured PNG."""
     buffer = io.BytesIO()

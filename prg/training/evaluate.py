@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entry.config import Accuracy, Entry, EntryError, write_entry
+from entry.config import Accuracy, Entry, EntryError, read_entry, write_entry
 from entry.runner import Runner
 from prg.export import write_card
 from prg.training.data import Images, same_classes
@@ -65,8 +65,10 @@ def classify(runner: Runner, images: Images, t_end: float) -> np.ndarray:
 
 def record(directory: Path, evaluation: Evaluation) -> None:
     """Write the figures into the entry's parameter and model card, in place of older ones on the same data."""
-    entry = evaluation.entry
-    version = entry.prg.versions[evaluation.version]
+    entry = read_entry(directory)  # again: it may have got versions while this one was evaluated
+    version = entry.prg.versions.get(evaluation.version)
+    if version is None or version.sha256 != evaluation.entry.prg.versions[evaluation.version].sha256:
+        raise EntryError(f"{directory}: version {evaluation.version} was replaced meanwhile; evaluate again")
     others = tuple(a for a in version.accuracy if a.data != evaluation.accuracy.data)
     updated = version.model_copy(update={"accuracy": (*others, evaluation.accuracy)})
     versions = entry.prg.versions | {evaluation.version: updated}

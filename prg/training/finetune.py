@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prg.checkpoint import CheckpointError, load_checkpoint, load_strictly
+from entry.config import sha256
+from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
 from prg.recipe import Recipe, recipe_table
 from prg.training import figures
 from prg.training.augmentation import augment, normalise
 from prg.training.data import DataError, Images
-from prg.training.loop import Batch, Job, Loss, Prepare, differences, train
+from prg.training.loop import Batch, Job, Loss, Prepare, train
 from prg.training.run import Run, choose_device
 from prg.unet import UNet
 
@@ -55,9 +56,10 @@ def finetuning_job(run: Run, init: Path) -> Job:
         images=images,
         config=recipe.finetune,
         seed=recipe.seed + 1,
-        settings=run.settings(images, "encoder", "finetune"),
+        settings=run.settings(images, "encoder", "finetune") | {"init": pretrained["sha256"]},
         folder=run.folder / "finetune",
         device=choose_device(),
+        begun=run.remember,
         facts={"classes": list(images.classes), "pretraining": pretrained},
     )
 
@@ -71,6 +73,7 @@ def build_classifier(recipe: Recipe, classes: int) -> Classifier:
 def load_finetuned(run: Run) -> tuple[Classifier, dict[str, Any]]:
     """The run's fine-tuned classifier (averaged weights) and the facts of its checkpoint."""
     saved = load_checkpoint(run.finetuned, "finetune")
+    run.check(saved.facts, run.finetuned, "network", "image", "encoder", "finetune")
     model = build_classifier(run.recipe, len(saved.facts["classes"]))
     load_strictly(model, saved.part("average"), run.finetuned)
     return model, saved.facts
@@ -91,7 +94,8 @@ def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
             file=sys.stderr,
         )
     load_strictly(net, saved.part("average"), init)
-    return {k: saved.facts[k] for k in ("step", "steps", "seconds", "precision", "device", "settings")}
+    told = ("step", "steps", "seconds", "precision", "device", "settings")
+    return {k: saved.facts[k] for k in told} | {"sha256": sha256(init)}
 
 
 def finetuning_batch(recipe: Recipe) -> Prepare:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from prg.checkpoint import (
     Checkpoint,
     CheckpointError,
+    differences,
     load_checkpoint,
     load_strictly,
     save_checkpoint,
@@ -66,6 +67,8 @@ class Job:
     """Everything the result depends on, stored in the checkpoint; a resumed run must have the same."""
     folder: Path
     device: torch.device
+    begun: Callable[[], None]
+    """Called once nothing stands against the run: before its first step, or its next."""
     facts: dict[str, Any]
     """Further facts for the checkpoint, such as the classes or where the weights came from."""
 
@@ -252,6 +255,7 @@ def train(job: Job) -> Trainer:
 
 def _train(job: Job, trainer: Trainer) -> None:
     resumed = trainer.resume()
+    job.begun()
     if job.config.precision != "auto":
         trainer.precision = job.config.precision
     elif trainer.step < job.steps:
@@ -336,18 +340,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two recipes, key by key."""
-    out = []
-    for key in sorted(saved.keys() | now.keys()):
-        a, b = saved.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key} was {a!r}, is {b!r}")
-    return out
 
 
 @contextmanager

@@ -45,6 +45,7 @@ def pretraining_job(run: Run) -> Job:
         settings=run.settings(images, "encoder", "pretrain"),
         folder=run.folder / "pretrain",
         device=choose_device(),
+        begun=run.remember,
         facts={},
     )
 

@@ -29,6 +29,7 @@ def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compa
         classes, levels = tuple(facts["classes"]), recipe.finetune.t_end
     else:
         saved = load_checkpoint(run.pretrained, "pretrain")
+        run.check(saved.facts, run.pretrained, "network", "image", "encoder")
         net = UNet(recipe.unet)
         load_strictly(net, saved.part("average"), run.pretrained)
         model, facts = Encoder(net, recipe.encoder), saved.facts

@@ -1,14 +1,14 @@
 """A run folder: its recipe, its images, and the checkpoints of its stages."""
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from entry.config import ImageSpec
+from entry.config import ImageSpec, write_atomically
+from prg.checkpoint import CheckpointError, differences
 from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table
 from prg.training.data import DataError, Images, Source, hold_out, load_split, splits
 
@@ -46,6 +46,21 @@ class Run:
         return {k: table[k] for k in ("seed", "network", "image", "data", *sections)} | {
             "images": len(images)
         }
+
+    def remember(self) -> None:
+        """Write the recipe into the folder: once a stage was found to be able to go on by it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(recipe_table(self.recipe), indent=2) + "\n"
+        write_atomically(self.folder / "recipe.json", content.encode())
+
+    def check(self, facts: dict[str, Any], path: Path, *sections: str) -> None:
+        """Raise CheckpointError where a checkpoint was trained by another recipe than the run has now."""
+        table, then = recipe_table(self.recipe), facts["settings"]
+        changed = differences({k: then[k] for k in sections}, {k: table[k] for k in sections})
+        if changed:
+            raise CheckpointError(
+                f"{path}: trained by another recipe than the run has now ({'; '.join(changed)})"
+            )
 
     def training_images(self) -> tuple[Images, Images]:
         """(training, validation), the same whenever the recipe is."""
@@ -88,16 +103,12 @@ def choose_split(found: dict[str, Source], wanted: str, source: str) -> str | No
 
 
 def open_run(folder: Path, recipe: Recipe | None) -> Run:
-    """The run in `folder`; a recipe given is written there as recipe.json, none given is read from there."""
+    """The run in `folder`, by the recipe given, or else by the one it was begun with."""
     path = folder / "recipe.json"
     if recipe is None:
         if not path.is_file():
             raise RecipeError(f"{path}: no run here yet; begin one with --recipe")
         return Run(folder, parse_recipe(json.loads(path.read_text("utf-8")), str(path)))
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(recipe_table(recipe), indent=2) + "\n", "utf-8")
-    os.replace(temporary, path)
     return Run(folder, recipe)
 
 

@@ -71,6 +71,9 @@ class Batcher:
         """Queue the job and await its outputs. Raises EngineError."""
         if self._closing:
             raise EngineUnavailable("the engine is stopping")
+        size = self.runner.entry.prg.image.size
+        if job.images.shape[1:] != (3, size, size):
+            raise EngineUnavailable("the model was replaced while the request was under way")
         if self._rows() + len(job.images) > self._capacity:
             raise EngineOverloaded(f"{self._rows()} images are waiting, at most {self._capacity} may")
         loop = asyncio.get_running_loop()
@@ -103,10 +106,15 @@ class Batcher:
         while True:
             await self._gather()
             batch = self._take()
-            if batch:
-                await self._compute_batch(batch)
-            elif self._closing:
+            if not batch and self._closing:
                 return
+            if batch:
+                try:
+                    await self._compute_batch(batch)
+                except Exception as error:  # whatever happened: these jobs fail, the next batch is tried
+                    log.exception("inference failed", model=self._model, jobs=len(batch))
+                    for part in batch:
+                        _fail(part.waiting, EngineUnavailable(f"{type(error).__name__} in the model"))
 
     async def _gather(self) -> None:
         """Until there is a full batch, or the oldest row has waited long enough."""
@@ -151,14 +159,8 @@ class Batcher:
         images = np.concatenate([s.waiting.job.images[s.start : s.stop] for s in batch])
         t_end = np.concatenate([s.waiting.job.t_end[s.start : s.stop] for s in batch])
         loop = asyncio.get_running_loop()
-        try:
-            with self._metrics.inference_seconds.labels(self._model).time():
-                outputs = await loop.run_in_executor(self._compute, self.runner.run, images, t_end)
-        except Exception as error:  # whatever torch raises: these jobs fail, the next batch is tried
-            log.exception("inference failed", model=self._model, rows=len(images))
-            for part in batch:
-                _fail(part.waiting, EngineUnavailable(f"{type(error).__name__} in the model"))
-            return
+        with self._metrics.inference_seconds.labels(self._model).time():
+            outputs = await loop.run_in_executor(self._compute, self.runner.run, images, t_end)
         self._metrics.batch_images.labels(self._model).observe(len(images))
         arrays = {"STATE": outputs.state, "HIDDEN": outputs.hidden, "LOGITS": outputs.logits}
         row = 0

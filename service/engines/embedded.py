@@ -70,6 +70,8 @@ class EmbeddedEngine:
         batcher = model.batchers.get(job.version) if model else None
         if batcher is None:
             raise EngineUnavailable(f"{job.model} version {job.version} is not loaded")
+        if batcher.runner.entry.fingerprint(job.version) != job.fingerprint:
+            raise EngineUnavailable("the model was replaced while the request was under way")
         return await batcher.infer(job)
 
     async def rescan(self) -> None:
@@ -91,13 +93,18 @@ class EmbeddedEngine:
 
     async def _refreshed(self, name: str, found: Entry | EntryError) -> _Model:
         before = self._models.get(name)
+        batchers: dict[str, Batcher] = {}
         try:
             if isinstance(found, EntryError):
                 raise found
             versions = self._versions(found)
-            batchers = {v: await self._batcher(before, found, v) for v in versions}
-        except EntryError as error:
+            for version in versions:
+                batchers[version] = await self._batcher(before, found, version)
+        except Exception as error:  # also what torch raises of a strange module: the others must serve
             log.error("entry refused", model=name, reason=str(error))
+            for version, batcher in batchers.items():
+                if before is None or before.batchers.get(version) is not batcher:
+                    await batcher.close()
             if before and before.batchers and before.status.entry:
                 kept = f"an older state of it is served, because: {error}"
                 status = ModelStatus(name, before.status.entry, before.status.versions, kept)

@@ -65,6 +65,11 @@ class Replica:
     doubted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by a failed call, so that the watch looks at once."""
 
+    def fingerprint(self, model: str, version: str) -> str | None:
+        """Of the weights it serves under that name and version, as last seen."""
+        status = self.models.get(model)
+        return status.fingerprints.get(version) if status else None
+
     def failed(self, now: float) -> None:
         """Avoid it for a while."""
         self.shunned_until = now + SHUNNED_S[min(self.failures, len(SHUNNED_S) - 1)]
@@ -165,7 +170,7 @@ class TritonEngine:
         """One call, tried again at another address (or the same, if it is the only one) where one fails."""
         tried: list[Replica] = []
         for _ in range(max(2, len(self._replicas))):
-            replica = self._choose(job.model, tried)
+            replica = self._choose(job, tried)
             tried.append(replica)
             try:
                 answer = await self._call(replica, entry, job, rows)
@@ -182,18 +187,16 @@ class TritonEngine:
                 return answer
         raise failure
 
-    def _choose(self, model: str, tried: list[Replica]) -> Replica:
-        """The least loaded of those that serve the model and did not fail lately; any, rather than none."""
+    def _choose(self, job: Job, tried: list[Replica]) -> Replica:
+        """The least loaded of those that serve the very weights and did not fail lately.
+
+        One that does not answer now is better than none; one with other weights is not.
+        """
         now = asyncio.get_running_loop().time()
-        return min(
-            self._replicas,
-            key=lambda r: (
-                r in tried,
-                r.seen is None or not (r.models.get(model) and r.models[model].ready),
-                r.shunned_until > now,
-                r.in_flight,
-            ),
-        )
+        able = [r for r in self._replicas if r.fingerprint(job.model, job.version) == job.fingerprint]
+        if not able:
+            raise EngineUnavailable("the model was replaced while the request was under way")
+        return min(able, key=lambda r: (r in tried, r.seen is None, r.shunned_until > now, r.in_flight))
 
     async def _call(self, replica: Replica, entry: Entry, job: Job, rows: slice) -> dict[str, np.ndarray]:
         images, t_end = np.ascontiguousarray(job.images[rows]), job.t_end[rows, None]
@@ -234,16 +237,16 @@ class TritonEngine:
             await self._look(replica)
 
     async def _look(self, replica: Replica) -> None:
-        """Read the index, and the configurations where it changed."""
+        """Read the index and the configurations."""
         try:
             index = await replica.client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
             seen = sorted((m.name, m.version, m.state, m.reason) for m in index.models)
-            if seen != replica.seen:
-                replica.models = await self._read_models(replica, seen)
-                if replica.seen is None:
-                    log.info("engine up", address=replica.address, models=list(replica.models))
-                replica.seen = seen
-                self._known |= {name: status for name, status in self.models().items() if status.entry}
+            # The configurations too, each time: a restart may bring other weights under the same index.
+            replica.models = await self._read_models(replica, seen)
+            if replica.seen is None:
+                log.info("engine up", address=replica.address, models=list(replica.models))
+            replica.seen = seen
+            self._known |= {name: status for name, status in self.models().items() if status.entry}
         except InferenceServerException as error:
             if replica.seen is not None:
                 log.warning("engine down", address=replica.address, reason=_text(error))
@@ -258,7 +261,9 @@ class TritonEngine:
         for name, rows in itertools.groupby(seen, key=lambda row: row[0]):
             if self._chosen is None or name in self._chosen:
                 models[name] = await self._read_model(replica, name, list(rows))
-                if models[name].entry is None and models[name].reason != NOT_LOADED:
+                before = replica.models.get(name)
+                news = before is None or before.reason != models[name].reason
+                if models[name].entry is None and models[name].reason != NOT_LOADED and news:
                     log.error(
                         "entry refused", model=name, address=replica.address, reason=models[name].reason
                     )
@@ -276,7 +281,7 @@ class TritonEngine:
         try:
             entry = entry_from_config(response.config, where)
             versions = _versions(entry, ready, (self._chosen or {}).get(name), where)
-        except EntryError as error:
+        except (ValueError, RecursionError) as error:  # EntryError, or a parameter too strange to parse
             return ModelStatus(name, None, reason=str(error), ready=False)
         return ModelStatus(name, entry, versions)
 

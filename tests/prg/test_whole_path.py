@@ -14,6 +14,7 @@ from entry.config import read_entry
 from entry.images import load_image
 from entry.runner import Runner
 from prg.cli import main
+from prg.training.evaluate import evaluate, record
 from prg.training.finetune import load_finetuned
 from prg.training.run import open_run
 from service.app import create_app
@@ -81,6 +82,8 @@ def test_the_entry_answers_as_the_trained_model(run: Path, tmp_path: Path, flags
     for a, b in zip((found.state, found.hidden, found.logits), expected, strict=True):
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
         assert cosine.min() > entry.prg.tolerance.cosine
+        lengths = np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert np.abs(lengths - 1).max() < 0.05
 
 
 def test_the_same_weights_give_the_same_fingerprint(run: Path, tmp_path: Path) -> None:
@@ -92,6 +95,44 @@ def test_the_same_weights_give_the_same_fingerprint(run: Path, tmp_path: Path) -
     assert (
         entry.fingerprint("1") == entry.fingerprint("2") != entry.fingerprint("3") == entry.fingerprint("4")
     )
+
+
+def test_a_recipe_that_changed_since_is_not_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "recipe.json").read_text()
+    changed = json.loads(before)
+    changed["image"]["mean"] = [0.1, 0.1, 0.1]
+    try:
+        (run / "recipe.json").write_text(json.dumps(changed))
+        for stage in ("finetune", "pretrain"):
+            assert main(["export", str(run), str(tmp_path / "mine"), "--stage", stage]) == 1
+            assert "trained by another recipe" in capsys.readouterr().err
+    finally:
+        (run / "recipe.json").write_text(before)
+    assert main(["finetune", str(run), "--set", "encoder.steps=3"]) == 1
+    assert (run / "recipe.json").read_text() == before
+
+
+def test_another_beginning_is_another_run(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    command = [str(other), "--recipe", "images-32", "--data", str(photos), *overrides("seed=7")]
+    assert main(["pretrain", *command]) == 0
+    init = str(other / "pretrain" / "checkpoint.safetensors")
+    assert main(["finetune", str(run), "--init", init]) == 1
+    assert "init was" in capsys.readouterr().err
+
+
+def test_figures_of_a_version_survive_an_export_meanwhile(run: Path, photos: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "mine"
+    assert main(["export", str(run), str(directory)]) == 0
+    measured = evaluate(directory, open_run(run, None).test_images()[1], "photos")
+    assert main(["export", str(run), str(directory), "--compact"]) == 0
+    record(directory, measured)
+    entry = read_entry(directory)
+    assert [len(entry.prg.versions[v].accuracy) for v in ("1", "2")] == [1, 0]
 
 
 def test_compact_entries_are_smaller(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from prg.encoder import Encoder, EncoderConfig
 from prg.export import Export, export
 from prg.unet import PRESETS, UNet
 from service.engines.triton import Replica, TritonEngine, meaning
-from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
+from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job, ModelStatus
 from service.telemetry import Metrics
 from tests.real_triton.conftest import Serve
 from tests.real_triton.server import TritonServer
-from tests.tiny import write_tiny_entry
+from tests.tiny import tiny_fingerprint, write_tiny_entry
 
 
 @asynccontextmanager
@@ -39,7 +40,13 @@ async def engine(*servers: TritonServer, chosen: Any = None) -> AsyncIterator[Tr
 def job(
     name: str, images: np.ndarray, t_end: np.ndarray, *outputs: str, version: str = "1", **more: Any
 ) -> Job:
-    return Job(name, version, images, t_end.astype(np.float32), outputs, due=1e6, **more)
+    return Job(name, version, "", images, t_end.astype(np.float32), outputs, due=1e6, **more)
+
+
+async def infer(running: TritonEngine, asked: Job) -> dict[str, np.ndarray]:
+    """Of the weights that are served."""
+    fingerprint = running.models()[asked.model].fingerprints[asked.version]
+    return await running.infer(replace(asked, fingerprint=fingerprint))
 
 
 def random_images(count: int, size: int = 32) -> np.ndarray:
@@ -76,7 +83,7 @@ def test_both_engines_agree_on_every_feature_and_on_mixed_levels(serve: Serve, t
                 runner = Runner(tmp_path / "models" / name)
                 tolerance = runner.entry.prg.tolerance
                 outputs = tuple(runner.entry.outputs())
-                found = await running.infer(job(name, images, levels, *outputs))
+                found = await infer(running, job(name, images, levels, *outputs))
                 expected = runner.run(images, levels)
                 for output in outputs:
                     a, b = found[output], getattr(expected, output.lower())
@@ -98,7 +105,7 @@ def test_concurrent_requests_share_batches_in_triton(serve: Serve) -> None:
             before = [server.counters(f"nv_inference_{kind}")["tiny"] for kind in ("count", "exec_count")]
             for _ in range(4):
                 calls = [job("tiny", random_images(1), np.full(1, i / 32), "HIDDEN") for i in range(32)]
-                found = await asyncio.gather(*(running.infer(call) for call in calls))
+                found = await asyncio.gather(*(infer(running, call) for call in calls))
                 assert [round(float(f["HIDDEN"][0, 3]) * 32) for f in found] == list(range(32))
             after = [server.counters(f"nv_inference_{kind}")["tiny"] for kind in ("count", "exec_count")]
         images, executions = after[0] - before[0], after[1] - before[1]
@@ -121,8 +128,8 @@ def test_two_models_and_two_versions(serve: Serve, tmp_path: Path) -> None:
             assert models["b"].entry is not None
             assert not models["b"].entry.has_head
             for version, bias in (("1", 0), ("2", 0.01)):
-                found = await running.infer(
-                    job("a", random_images(2), np.zeros(2), "HIDDEN", version=version)
+                found = await infer(
+                    running, job("a", random_images(2), np.zeros(2), "HIDDEN", version=version)
                 )
                 assert found["HIDDEN"][:, 3] == pytest.approx([bias, bias])
         async with engine(server, chosen={"a": frozenset({"1"})}) as running:
@@ -161,7 +168,7 @@ def test_an_entry_that_is_not_one_is_refused_by_name_and_the_others_serve(
             assert not status.ready
             assert "strange" in (status.reason or "")
             assert named in (status.reason or "")
-            await running.infer(job("good", random_images(1), np.zeros(1), "STATE"))
+            await infer(running, job("good", random_images(1), np.zeros(1), "STATE"))
 
     asyncio.run(scene())
 
@@ -179,7 +186,7 @@ def test_answers_of_another_shape_than_promised_are_refused(serve: Serve, tmp_pa
             with pytest.raises(
                 EngineUnavailable, match=r"HIDDEN as float32 \[1, 4\], promised float32 \[1, 7\]"
             ):
-                await running.infer(job("tiny", random_images(1), np.zeros(1), "HIDDEN"))
+                await infer(running, job("tiny", random_images(1), np.zeros(1), "HIDDEN"))
 
     asyncio.run(scene())
 
@@ -201,7 +208,17 @@ def test_what_the_caller_said_travels_along(serve: Serve, monkeypatch: pytest.Mo
             due = asyncio.get_running_loop().time() + 3
             images = random_images(1)
             trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
-            asked = Job("tiny", "1", images, np.zeros(1, np.float32), ("STATE",), due, "bulk", trace)
+            asked = Job(
+                "tiny",
+                "1",
+                tiny_fingerprint(),
+                images,
+                np.zeros(1, np.float32),
+                ("STATE",),
+                due,
+                "bulk",
+                trace,
+            )
             await running.infer(asked)
         assert sent["headers"] == trace
         assert sent["priority"] == 2
@@ -232,21 +249,24 @@ def test_what_an_error_of_triton_means(status: str, text: str, kind: type[Except
 
 def test_the_choice_of_an_address() -> None:
     async def scene() -> None:
-        running = TritonEngine(["a:1", "b:1", "c:1"], None, Metrics())
-        a, b, c = running._replicas
-        entry = object()
-        for replica in (a, b, c):
+        running = TritonEngine(["a:1", "b:1", "c:1", "d:1"], None, Metrics())
+        a, b, c, other = running._replicas
+        for replica, fingerprint in ((a, "x"), (b, "x"), (c, "x"), (other, "y")):
             replica.seen = []
-            replica.models = {"m": type("S", (), {"ready": True, "entry": entry})()}
-        a.in_flight, b.in_flight, c.in_flight = 3, 1, 2
-        assert running._choose("m", []) is b
-        assert running._choose("m", [b]) is c
+            entry = type("Entry", (), {"fingerprint": lambda self, version, f=fingerprint: f})()
+            replica.models = {"m": ModelStatus("m", entry, ("1",))}
+        a.in_flight, b.in_flight, c.in_flight, other.in_flight = 3, 1, 2, 0
+        asked = replace(job("m", random_images(1), np.zeros(1)), fingerprint="x")
+        assert running._choose(asked, []) is b  # not the idle one, whose weights are others
+        assert running._choose(asked, [b]) is c
         b.failed(asyncio.get_running_loop().time())
-        assert running._choose("m", []) is c
+        assert running._choose(asked, []) is c
         b.worked()
-        assert running._choose("m", []) is b
+        assert running._choose(asked, []) is b
         b.seen = None
-        assert running._choose("m", []) is c
+        assert running._choose(asked, []) is c
+        with pytest.raises(EngineUnavailable, match="replaced"):
+            running._choose(replace(asked, fingerprint="z"), [])
         await running.close()
 
     asyncio.run(scene())

@@ -127,3 +127,11 @@ def test_new_key_prints_a_row_that_works(tmp_path: Path, capsys: pytest.CaptureF
     path.write_text(printed)
     assert [key.name for key in read_keys(path)] == ['the "best" café']
     assert "prg_" in printed
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\x7fb", "two\nlines"])
+def test_a_key_needs_a_name_that_can_be_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--new-key", name])
+    assert stop.value.code == 2
+    assert "printable" in capsys.readouterr().err

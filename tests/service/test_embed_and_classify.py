@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,10 @@ def test_the_same_option_twice_must_agree(client: TestClient) -> None:
     assert same.status_code == 200
     differing = client.post("/embed", json={"inputs": [b64(png())], "t_end": 0.5}, params={"t_end": "0.6"})
     assert "twice" in problem(differing, 422)
+    body = json.dumps({"inputs": [b64(png())], "t_end": 0.5})[:-1]
+    for more, status in ((', "t_end": 0.7}', 422), (', "t_end": 0.5}', 200)):
+        response = client.post("/embed", content=body + more, headers={"content-type": "application/json"})
+        assert response.status_code == status
     repeated = client.post(
         "/classify", files=files(png()), params={"t_end": ["0.5", "0.50"], "top_k": ["1", "1"]}
     )
@@ -289,6 +294,12 @@ def test_the_same_option_twice_must_agree(client: TestClient) -> None:
         {"json": {"inputs": [{"path": "a.png"}]}},
         {"json": {"inputs": [{"b64": "", "url": ""}]}},
         {"content": b"{", "headers": {"content-type": "application/json"}},
+        {"content": b"[" * 100_000, "headers": {"content-type": "application/json"}},
+        {"content": b'{"inputs": [NaN]}', "headers": {"content-type": "application/json"}},
+        {
+            "content": b"--x",
+            "headers": {"content-type": "multipart/form-data; boundary=x; charset=undefined"},
+        },
         {"content": b"no form", "headers": {"content-type": "multipart/form-data; boundary=x"}},
         {"content": b"no form", "headers": {"content-type": "multipart/form-data"}},
         {"content": b"", "headers": {"content-type": "image/png"}},
@@ -305,6 +316,14 @@ def test_other_content_types_are_415(client: TestClient, kind: str) -> None:
     assert "multipart/form-data" in problem(
         client.post("/embed", content=b"abc", headers={"content-type": kind}), 415
     )
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "no-such"])
+def test_a_strange_charset_is_no_bug_of_ours(client: TestClient, charset: str) -> None:
+    head = 'Content-Disposition: form-data; name="files"; filename="a.png"'
+    body = f"--x\r\n{head}\r\n\r\n".encode() + png() + b"\r\n--x--\r\n"
+    kind = f"multipart/form-data; boundary=x; charset={charset}"
+    assert client.post("/embed", content=body, headers={"content-type": kind}).status_code in (200, 422)
 
 
 def test_too_many_images(start: Start) -> None:

@@ -4,16 +4,19 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from entry.config import read_entry, sha256, write_entry
 from entry.runner import Outputs, Runner
 from service.engines.embedded import EmbeddedEngine
 from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
 from service.telemetry import Metrics
-from tests.tiny import write_tiny_entry
+from tests.tiny import tiny_fingerprint, write_tiny_entry
 
 
 class Gate:
@@ -58,7 +61,16 @@ def job(*levels: float, due: float = 1e12, priority: str = "interactive", versio
     """Rows that are told apart by their level, and by their red."""
     images = np.zeros((len(levels), 3, 16, 16), np.uint8)
     images[:, 0] = (np.array(levels) * 255).astype(np.uint8)[:, None, None]
-    return Job("tiny", version, images, np.array(levels, np.float32), ("HIDDEN",), due, priority)  # type: ignore[arg-type]
+    return Job(
+        "tiny",
+        version,
+        tiny_fingerprint(version),
+        images,
+        np.array(levels, np.float32),
+        ("HIDDEN",),
+        due,
+        priority,
+    )  # type: ignore[arg-type]
 
 
 def right(found: dict[str, np.ndarray], *levels: float) -> bool:
@@ -164,6 +176,75 @@ def test_a_failing_batch_fails_its_jobs_and_no_other(tmp_path: Path) -> None:
             with pytest.raises(EngineUnavailable, match="RuntimeError"):
                 await doomed
             assert right(await other, 0.2)
+
+    asyncio.run(scene())
+
+
+def test_a_job_that_the_model_can_not_take_fails_alone(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            gate.open.set()
+            right_one = job(0.1)
+            wrong_size = replace(right_one, images=np.zeros((1, 3, 8, 8), np.uint8))
+            wrong_weights = replace(right_one, fingerprint="0" * 12)
+            wrong_output = replace(right_one, outputs=("NOTHING",))
+            for wrong in (wrong_size, wrong_weights, wrong_output):
+                results = await asyncio.gather(
+                    running.infer(wrong), running.infer(job(0.2)), return_exceptions=True
+                )
+                assert isinstance(results[0], EngineUnavailable)
+            assert right(await running.infer(job(0.3)), 0.3)
+
+    asyncio.run(scene())
+
+
+def test_weights_replaced_while_a_request_is_under_way_are_not_mixed(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            gate.open.set()
+            before = job(0.5)
+            path = tmp_path / "tiny" / "1" / "model.pt"
+            write_tiny_entry(tmp_path, size=16, versions=("1", "2"))
+            path.write_bytes((tmp_path / "tiny" / "2" / "model.pt").read_bytes())
+            entry = read_entry(tmp_path / "tiny")
+            entry.prg.versions["1"] = entry.prg.versions["2"]
+            write_entry(tmp_path / "tiny", entry)
+            await running.rescan()
+            with pytest.raises(EngineUnavailable, match="replaced"):
+                await running.infer(before)
+            after = await running.infer(replace(before, fingerprint=tiny_fingerprint("2")))
+            assert after["HIDDEN"][0, 3] == pytest.approx(0.51)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("strange", ["number", "depth", "batch"])
+def test_the_strangest_entry_keeps_no_other_from_serving(tmp_path: Path, strange: str) -> None:
+    directory = write_tiny_entry(tmp_path, "strange", size=16)
+    config = directory / "config.pbtxt"
+    if strange == "number":
+        config.write_text(config.read_text().replace('\\"dim\\":768', '\\"dim\\":' + "9" * 20))
+    elif strange == "depth":
+        config.write_text(config.read_text().replace('\\"path\\":\\"icfm\\"', '\\"path\\":' + "[" * 100_000))
+    else:
+
+        class Fussy(torch.nn.Module):
+            def forward(self, IMAGE: torch.Tensor, T_END: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                assert IMAGE.shape[0] == 1
+                return T_END.expand(1, 768), T_END.expand(1, 4)
+
+        directory = write_tiny_entry(tmp_path, "strange", size=16, head=False)
+        torch.jit.script(Fussy()).save(str(directory / "1" / "model.pt"))
+        entry = read_entry(directory)
+        found = {"sha256": sha256(directory / "1" / "model.pt")}
+        entry.prg.versions["1"] = entry.prg.versions["1"].model_copy(update=found)
+        write_entry(directory, entry)
+
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            gate.open.set()
+            assert not running.models()["strange"].ready
+            assert right(await running.infer(job(0.3)), 0.3)
 
     asyncio.run(scene())
 

@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app, main
+from service.auth import new_key
 from service.errors import Problem
 from service.inference import Admission, EngineOverloaded, EngineUnavailable, Job, ModelStatus
 from service.limits import HELD_BODIES, BodyLimit, HungUp, while_connected
@@ -286,6 +287,19 @@ def test_admission_refuses_when_full_and_names_an_honest_time(monkeypatch: pytes
     with admission.admit(100):
         assert admission.held == 100
     assert admission.held == 0
+    now += 1000
+    fresh = Admission(100, Metrics())
+    with fresh.admit(90):
+        now += 0.1
+        with fresh.admit(10):
+            now += 0.1
+        with pytest.raises(Problem) as error:
+            fresh.admit(30).__enter__()
+        assert error.value.headers == {"Retry-After": "2"}  # ten rows in the 0.2 s that it has worked at all
+    for _ in range(5000):
+        with fresh.admit(1):
+            pass
+    assert len(fresh._done) <= 500
 
 
 def test_bodies_read_at_once_are_bounded() -> None:
@@ -405,17 +419,26 @@ def test_the_command_serves_reloads_and_stops(tmp_path: Path) -> None:
     write_tiny_entry(tmp_path / "m")
     port = free_port()
     base = f"http://127.0.0.1:{port}"
-    settings = {"PRG_MODEL_REPOSITORY": str(tmp_path / "m"), "PRG_PORT": str(port), "PRG_DRAIN_S": "2"}
-    environment = os.environ | settings
+    key, row = new_key("tester")
+    keys = tmp_path / "keys.toml"
+    keys.write_text(row)
+    environment = os.environ | {
+        "PRG_MODEL_REPOSITORY": str(tmp_path / "m"),
+        "PRG_PORT": str(port),
+        "PRG_DRAIN_S": "2",
+        "PRG_API_KEYS_FILE": str(keys),
+    }
+    http = httpx.Client(base_url=base, headers={"Authorization": f"Bearer {key}"})
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen([sys.executable, "-m", "service.app"], env=environment, stdout=log)
     try:
         eventually(lambda: status(f"{base}/health/ready") == 200, 60)
-        assert httpx.post(f"{base}/embed", files=IMAGE).json()["model_version"] == "1"
+        assert http.post("/embed", files=IMAGE).json()["model_version"] == "1"
         write_tiny_entry(tmp_path / "m", versions=("1", "2"))
+        keys.write_text("no longer TOML")  # must not keep the models from being looked at
         server.send_signal(signal.SIGHUP)
-        eventually(lambda: httpx.get(f"{base}/models/tiny").json()["default_version"] == "2", 30)
-        assert httpx.post(f"{base}/embed", files=IMAGE).json()["model_version"] == "2"
+        eventually(lambda: http.get("/models/tiny").json()["default_version"] == "2", 30)
+        assert http.post("/embed", files=IMAGE).json()["model_version"] == "2"
         with socket.create_connection(("127.0.0.1", port)) as caller:  # hangs up amid its body
             head = (
                 "POST /embed HTTP/1.1",
@@ -426,14 +449,15 @@ def test_the_command_serves_reloads_and_stops(tmp_path: Path) -> None:
                 "abc",
             )
             caller.sendall("\r\n".join(head).encode())
-        assert httpx.post(f"{base}/embed", files=IMAGE).status_code == 200
+        assert http.post("/embed", files=IMAGE).status_code == 200
         server.send_signal(signal.SIGTERM)
         eventually(lambda: status(f"{base}/health/ready") == 503, 2)
-        assert httpx.post(f"{base}/embed", files=IMAGE).status_code == 200
+        assert http.post("/embed", files=IMAGE).status_code == 200
         assert server.wait(20) in (0, -signal.SIGTERM)
     finally:
         server.kill()
         server.wait()
     events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert {"serving", "reloaded", "request", "model loaded"} <= {e["event"] for e in events}
-    assert not [e for e in events if e["level"] == "error"]
+    assert [e["event"] for e in events if e["level"] == "error"] == ["reload failed"]  # the keys
+    http.close()
