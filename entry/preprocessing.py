@@ -59,7 +59,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     picture = to_8_bits(picture)
     if not picture.has_transparency_data:
         return to_srgb(picture, picture.info.get("icc_profile"))
-    with_alpha = picture.convert("RGBA")
+    with_alpha = picture if picture.mode == "RGBA" else picture.convert("RGBA")
     colours = to_srgb(with_alpha.convert("RGB"), picture.info.get("icc_profile"))
     white = Image.new("RGB", picture.size, "white")
     white.paste(colours, mask=with_alpha.getchannel("A"))
@@ -88,7 +88,7 @@ def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             described = PROFILE_MODES[source.profile.xcolor_space]
             if ImageCms.getProfileDescription(source).startswith("sRGB") and described == "RGB":
-                return picture.convert("RGB")
+                return _rgb(picture)
             converted = ImageCms.profileToProfile(picture.convert(described), source, SRGB, outputMode="RGB")
             assert converted is not None  # None is for conversions in place
             return converted
@@ -98,7 +98,11 @@ def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
         converted = ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), SRGB, outputMode="RGB")
         assert converted is not None
         return converted
-    return picture.convert("RGB")
+    return _rgb(picture)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # convert would copy it even so
 
 
 def resize_and_crop(picture: Image.Image, resize: int, size: int) -> Image.Image:
