@@ -1,7 +1,8 @@
-"""The offline scripts: prg pretrain | finetune | evaluate | export."""
+"""The offline scripts: prg pretrain | finetune | evaluate | export | embed."""
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,9 @@ a whole run, on your own images (one sub-folder a class):
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error that was explained, 130 after an interruption."""
     arguments = _parser().parse_args(argv)
+    import httpx
+
+    from prg.client import ServiceError
     from prg.export import ExportError
     from prg.training.data import DataError
     from prg.training.loop import Interrupted
@@ -31,7 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
         command(arguments)
-    except (RecipeError, CheckpointError, DataError, EntryError, ExportError, FloatingPointError) as error:
+    except (
+        RecipeError,
+        CheckpointError,
+        DataError,
+        EntryError,
+        ExportError,
+        ServiceError,
+        FloatingPointError,
+        httpx.TransportError,
+    ) as error:
         print(f"prg: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -113,6 +126,23 @@ def _parser() -> argparse.ArgumentParser:
         help="round the weights to bfloat16 and compress the file, to about half its bytes",
     )
     sub.set_defaults(command=_export)
+
+    sub = commands.add_parser(
+        "embed",
+        help="embed folders of images into one file",
+        description="Embed images into a .npy (with a .jsonl of paths beside it) or a .parquet. The same command "
+        "again continues; a bad file is a row of NaN with its error.",
+    )
+    sub.add_argument("paths", nargs="+", help="folders, files or patterns")
+    sub.add_argument("--out", type=Path, required=True, help="vectors.npy or vectors.parquet")
+    where = sub.add_mutually_exclusive_group(required=True)
+    where.add_argument("--entry", type=Path, help="compute here, with this entry")
+    where.add_argument("--url", help="ask this service; a key is read from the environment as PRG_KEY")
+    sub.add_argument("--model", help="of the service; by default its own choice")
+    sub.add_argument("--t-end", type=float, help="from 0 (noise) to 1 (the image); by default the model's")
+    sub.add_argument("--feature", choices=("state", "hidden"), help="by default the model's")
+    sub.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
+    sub.set_defaults(command=_embed)
     return parser
 
 
@@ -228,6 +258,28 @@ def _export(arguments: argparse.Namespace) -> None:
     version = publish(run, arguments.stage, arguments.entry, arguments.precision, arguments.compact)
     path = arguments.entry / version / "model.pt"
     print(f"exported: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from prg.client import EmbedOptions
+    from prg.embed import Embedder, Local, Remote, embed
+    from prg.training.data import DataError
+
+    if arguments.t_end is not None and not 0 <= arguments.t_end <= 1:
+        raise DataError(f"--t-end {arguments.t_end}: must be from 0 to 1")
+    embedder: Embedder
+    if arguments.url:
+        options = EmbedOptions(normalize=arguments.normalize)
+        for name in ("model", "t_end", "feature"):
+            if getattr(arguments, name) is not None:
+                options[name] = getattr(arguments, name)
+        embedder = Remote(arguments.url, os.environ.get("PRG_KEY"), options)
+    elif arguments.model:
+        raise DataError("--model goes with --url; --entry names the model itself")
+    else:
+        embedder = Local(arguments.entry, arguments.t_end, arguments.feature, arguments.normalize)
+    failed = embed(arguments.paths, arguments.out, embedder)
+    print(f"embedded: {arguments.out}" + (f"; {failed} files could not be used" if failed else ""))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,221 @@
+"""Embeddings of folders of images, in process or by a service, resumable; a bad file is a row with its error."""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from entry.config import write_atomically
+from entry.images import ImageError, load_image
+from prg.client import Client, EmbedOptions
+from prg.training.data import LIMITS, DataError
+from prg.training.progress import track
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PART = 256
+"""Images between two writes: what a kill can cost."""
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Vectors float32 [N, D] of N files, a row of NaN for each that has an error."""
+
+    vectors: np.ndarray
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class Embedder(Protocol):
+    """What computes."""
+
+    identity: dict[str, Any]
+    """Weights and options: rows of another identity must not stand in one file."""
+
+    def embed(self, files: list[Path]) -> Rows:
+        """Embeddings of these files."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Local:
+    """An entry in this process."""
+
+    def __init__(
+        self,
+        directory: Path,
+        t_end: float | None = None,
+        feature: Literal["state", "hidden"] | None = None,
+        normalize: bool = False,
+    ) -> None:
+        from entry.runner import Runner  # here: a service's client needs no torch
+
+        self._runner = Runner(directory)
+        entry, prg = self._runner.entry, self._runner.entry.prg
+        self._t_end = prg.t_end if t_end is None else t_end
+        self._feature = feature or prg.feature
+        self._normalize = normalize
+        self._pool = ThreadPoolExecutor()
+        self.identity = {
+            "fingerprint": entry.fingerprint(self._runner.version),
+            "t_end": self._t_end,
+            "feature": self._feature,
+            "normalize": normalize,
+        }
+
+    def embed(self, files: list[Path]) -> Rows:
+        """Embeddings of these files."""
+        decoded = list(self._pool.map(self._decode, files))
+        good = {i: image for i, image in enumerate(decoded) if isinstance(image, np.ndarray)}
+        vectors = np.full((len(files), self._dim()), np.nan, np.float32)
+        for start in range(0, len(good), BATCH):
+            rows = list(good)[start : start + BATCH]
+            images = np.stack([good[i] for i in rows])
+            outputs = self._runner.run(images, np.full(len(rows), self._t_end, np.float32))
+            vectors[rows] = outputs.state if self._feature == "state" else outputs.hidden
+        if self._normalize:
+            length = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = np.divide(vectors, length, out=vectors, where=length > 0)
+        return Rows(vectors, {i: str(d) for i, d in enumerate(decoded) if not isinstance(d, np.ndarray)})
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._pool.shutdown()
+
+    def _dim(self) -> int:
+        features = self._runner.entry.prg.features
+        return features.state.dim if self._feature == "state" else features.hidden.dim
+
+    def _decode(self, file: Path) -> np.ndarray | Exception:
+        try:
+            return load_image(file.read_bytes(), self._runner.entry.prg.image, LIMITS)
+        except (ImageError, OSError) as error:
+            return error
+
+
+class Remote:
+    """A running service."""
+
+    def __init__(self, url: str, key: str | None, options: EmbedOptions) -> None:
+        self._client = Client(url, key)
+        self._options = options
+        models = self._client.models()
+        name = options.get("model", models["default"])
+        versions = {model["name"]: model.get("default_version") for model in models["data"]}
+        self.identity = {"model": name, "version": versions.get(name), **options}
+
+    def embed(self, files: list[Path]) -> Rows:
+        """Embeddings of these files."""
+        found = self._client.embed(files, **self._options)
+        return Rows(found.vectors, found.errors)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.__exit__()
+
+
+def embed(sources: Iterable[str], out: Path, embedder: Embedder) -> int:
+    """Write embeddings of all images of `sources` to `out` (.npy or .parquet); returns how many failed.
+
+    A .npy has a .jsonl beside it with each row's path, and its error. What was done before an interruption is
+    kept in OUT.parts. Raises DataError where there is nothing to embed, or the parts are of something else.
+    """
+    if out.suffix not in (".npy", ".parquet"):
+        raise DataError(f"{out}: must end in .npy or .parquet")
+    files = list(find_images(sources))
+    if not files:
+        raise DataError(f"no images in {', '.join(sources)} (files ending in {', '.join(SUFFIXES)})")
+    parts = _parts(out, files, embedder.identity)
+    with closing(embedder), track("embedding", len(files)) as bar:
+        for start in range(0, len(files), PART):
+            portion = files[start : start + PART]
+            path = parts / f"{start:09}.npz"
+            if not path.exists():
+                _save(path, embedder.embed(portion))
+            bar.advance(len(portion))
+    rows = [_load(path) for path in sorted(parts.glob("*.npz"))]
+    vectors = np.concatenate([part.vectors for part in rows])
+    errors = {k * PART + i: text for k, part in enumerate(rows) for i, text in part.errors.items()}
+    _write(out, files, vectors, errors)
+    shutil.rmtree(parts)
+    return len(errors)
+
+
+def find_images(sources: Iterable[str]) -> Iterator[Path]:
+    """Files of folders (all levels), of patterns, and named ones, each once, in a fixed order."""
+    seen: set[Path] = set()
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
+            if not found:
+                raise DataError(f"{source}: no such file or folder")
+        for file in found:
+            if file not in seen:
+                seen.add(file)
+                yield file
+
+
+def _parts(out: Path, files: list[Path], identity: dict[str, Any]) -> Path:
+    """The folder of what is done, made or found. Raises DataError where it is of other images or options."""
+    listing = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()
+    about = json.dumps({"images": len(files), "listing": listing, **identity}, sort_keys=True)
+    parts = out.with_name(out.name + ".parts")
+    note = parts / "about.json"
+    if note.exists() and note.read_text("utf-8") != about:
+        raise DataError(
+            f"{parts}: begun with other images, weights or options; remove it, or name another --out"
+        )
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, about.encode())
+    return parts
+
+
+def _save(path: Path, rows: Rows) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, vectors=rows.vectors, errors=np.array(json.dumps(rows.errors)))
+    os.replace(temporary, path)
+
+
+def _load(path: Path) -> Rows:
+    with np.load(path) as saved:
+        errors = json.loads(str(saved["errors"]))
+        return Rows(saved["vectors"], {int(i): text for i, text in errors.items()})
+
+
+def _write(out: Path, files: list[Path], vectors: np.ndarray, errors: dict[int, str]) -> None:
+    temporary = out.with_name(out.name + ".tmp")
+    if out.suffix == ".npy":
+        lines = [
+            {"path": str(f)} | ({"error": errors[i]} if i in errors else {}) for i, f in enumerate(files)
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(out.with_suffix(".jsonl"), text.encode())
+        with temporary.open("wb") as file:
+            np.save(file, vectors)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        flat = pa.array(vectors.ravel(), pa.float32())
+        columns = {
+            "path": pa.array(map(str, files)),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            "error": pa.array([errors.get(i) for i in range(len(files))], pa.string()),
+        }
+        pq.write_table(pa.table(columns), temporary)
+    os.replace(temporary, out)

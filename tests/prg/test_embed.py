@@ -1,0 +1,135 @@
+"""`prg embed`: folders to one file, continued where it was stopped, a bad file no failed job."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import uvicorn
+
+from prg import embed as module
+from prg.cli import main
+from service.app import create_app
+from service.settings import Settings
+from tests.tiny import png, write_tiny_entry
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Thirty pictures in two folders, whose red tells which they are; one file is none."""
+    for i in range(30):
+        place = tmp_path / "pictures" / f"folder-{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i:02}.png").write_bytes(png((i * 8, 0, 0)))
+    (tmp_path / "pictures" / "folder-0" / "bad.jpg").write_bytes(b"no image")
+    (tmp_path / "pictures" / "notes.txt").write_text("passed over")
+    return tmp_path / "pictures"
+
+
+def check(vectors: np.ndarray, paths: list[str], level: float = 0.8) -> None:
+    for path, vector in zip(paths, vectors, strict=True):
+        if path.endswith("bad.jpg"):
+            assert np.isnan(vector).all()
+        else:
+            assert vector == pytest.approx([int(Path(path).stem) * 8 / 255, 0, 0, level], abs=1e-6)
+
+
+def test_npy(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry, out = write_tiny_entry(tmp_path / "models"), tmp_path / "vectors.npy"
+    assert main(["embed", str(pictures), "--entry", str(entry), "--out", str(out), "--t-end", "0.5"]) == 0
+    assert "1 files could not be used" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
+    assert len(lines) == 31
+    assert [Path(line["path"]).name for line in lines if "error" in line] == ["bad.jpg"]
+    check(np.load(out), [line["path"] for line in lines], 0.5)
+    assert not out.with_name("vectors.npy.parts").exists()
+
+
+def test_parquet_patterns_and_each_file_once(pictures: Path, tmp_path: Path) -> None:
+    entry, out = write_tiny_entry(tmp_path / "models"), tmp_path / "vectors.parquet"
+    sources = [f"{pictures}/**/1*.png", str(pictures / "folder-0" / "10.png"), str(pictures / "folder-0")]
+    assert main(["embed", *sources, "--entry", str(entry), "--out", str(out)]) == 0
+    table = pq.read_table(out)
+    paths = table["path"].to_pylist()
+    assert len(paths) == len(set(paths)) == 5 + 16
+    check(np.stack(table["embedding"].to_numpy()), paths)
+    assert [e is None for e in table["error"].to_pylist()] == [not p.endswith("bad.jpg") for p in paths]
+
+
+def test_it_goes_on_where_it_was_stopped(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "PART", 8)
+    entry, out = write_tiny_entry(tmp_path / "models"), tmp_path / "vectors.npy"
+    command = ["embed", str(pictures), "--entry", str(entry), "--out", str(out)]
+    real, asked = module.Local.embed, []
+
+    def stopped(self: module.Local, files: list[Path]) -> module.Rows:
+        asked.append(len(files))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(self, files)
+
+    monkeypatch.setattr(module.Local, "embed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert not out.exists()
+    assert main([*command, "--normalize"]) == 1
+    assert "begun with other images, weights or options" in capsys.readouterr().err
+    assert main(command) == 0
+    assert asked == [8, 8, 8, 8, 7]
+    check(
+        np.load(out),
+        [json.loads(line)["path"] for line in (tmp_path / "vectors.jsonl").read_text().splitlines()],
+    )
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    write_tiny_entry(tmp_path / "served")
+    config = uvicorn.Config(
+        create_app(Settings(model_repository=tmp_path / "served")), port=0, log_config=None
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until = time.monotonic() + 30
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_service_gives_the_same(pictures: Path, tmp_path: Path, url: str) -> None:
+    entry = write_tiny_entry(tmp_path / "models")
+    options = ["--feature", "state", "--normalize", "--t-end", "0.25"]
+    for where, name in ((["--entry", str(entry)], "a.npy"), (["--url", url], "b.npy")):
+        assert main(["embed", str(pictures), *where, *options, "--out", str(tmp_path / name)]) == 0
+    a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    assert np.allclose(a, b, equal_nan=True, atol=1e-6)
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["/none", "--out", "a.npy", "--entry", "ENTRY"], "/none: no such file"),
+        (["EMPTY", "--out", "a.npy", "--entry", "ENTRY"], "no images in"),
+        (["EMPTY", "--out", "a.csv", "--entry", "ENTRY"], "must end in .npy or .parquet"),
+        (["EMPTY", "--out", "a.npy", "--entry", "/none"], "config.pbtxt"),
+        (["EMPTY", "--out", "a.npy", "--entry", "ENTRY", "--t-end", "2"], "from 0 to 1"),
+        (["EMPTY", "--out", "a.npy", "--entry", "ENTRY", "--model", "x"], "--url"),
+    ],
+)
+def test_errors_are_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], named: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"ENTRY": str(write_tiny_entry(tmp_path / "models")), "EMPTY": str(tmp_path / "empty")}
+    assert main(["embed", *(names.get(word, word) for word in command)]) == 1
+    assert named in capsys.readouterr().err
