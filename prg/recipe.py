@@ -54,6 +54,8 @@ class Optimisation:
 
     epochs: float
     batch: int = 128
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonal momentum for convolution kernels, AdamW for the rest."""
     lr: float = 1e-3
     lr_min: float = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"
