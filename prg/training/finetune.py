@@ -13,11 +13,13 @@ from entry.config import sha256
 from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
+from prg.paths import PATHS, flow_matching_loss
 from prg.recipe import Recipe, recipe_table
 from prg.training import figures
-from prg.training.augmentation import augment, normalise
+from prg.training.augmentation import augment, mix, normalise
 from prg.training.data import DataError, Images
 from prg.training.loop import Batch, Job, Loss, Prepare, train
+from prg.training.pretrain import draw
 from prg.training.run import Run, choose_device
 from prg.unet import UNet
 
@@ -50,7 +52,7 @@ def finetuning_job(run: Run, init: Path) -> Job:
     return Job(
         kind="finetune",
         model=model,
-        prepare=finetuning_batch(recipe),
+        prepare=finetuning_batch(recipe, len(images.classes)),
         loss=finetuning_loss(recipe),
         validate=lambda m: validation_figures(m, recipe, held_back),
         images=images,
@@ -98,27 +100,40 @@ def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
     return {k: saved.facts[k] for k in told} | {"sha256": sha256(init)}
 
 
-def finetuning_batch(recipe: Recipe) -> Prepare:
-    """(images, labels, levels): one of the recipe's levels is drawn for each image."""
-    config = recipe.finetune
+def finetuning_batch(recipe: Recipe, classes: int) -> Prepare:
+    """(images, targets, levels), one of the recipe's levels for each image; with beta, then (data, noise, t).
+
+    Targets are class numbers [B], or each class's share [B, K] where images are mixed.
+    """
+    config, path = recipe.finetune, PATHS[recipe.encoder.path]
 
     def prepare(pixels: Tensor, labels: Tensor | None, generator: torch.Generator) -> Batch:
         assert labels is not None
-        x = normalise(augment(pixels, config.augment, generator), recipe.image.mean, recipe.image.std)
+        pixels = augment(pixels, config.augment, generator)
+        x = normalise(pixels, recipe.image.mean, recipe.image.std)
         levels = torch.tensor(config.t_end, device=x.device)
         drawn = torch.randint(len(levels), (len(x),), generator=generator, device=x.device)
-        return x, labels, levels[drawn]
+        flow = draw(pixels, recipe, path, generator) if config.beta else ()
+        if config.mixup or config.cutmix:
+            x, labels = mix(x, labels, classes, config.mixup, config.cutmix, generator)
+        return x, labels, levels[drawn], *flow
 
     return prepare
 
 
 def finetuning_loss(recipe: Recipe) -> Loss:
-    """Label-smoothed cross-entropy of the logits."""
+    """Label-smoothed cross-entropy of the logits, plus beta times flow matching on the same images, unmixed."""
+    config, path = recipe.finetune, PATHS[recipe.encoder.path]
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        x, labels, levels = batch
+        assert isinstance(model, Classifier)
+        x, targets, levels, *flow = batch
         _, _, logits = model(x, levels)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.finetune.label_smoothing)
+        total = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        if config.beta:
+            data, noise, t = flow
+            total = total + config.beta * flow_matching_loss(model.encoder.net, path, data, noise, t)
+        return total
 
     return loss
 

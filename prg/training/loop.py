@@ -26,7 +26,7 @@ from prg.checkpoint import (
     load_strictly,
     save_checkpoint,
 )
-from prg.recipe import Optimisation
+from prg.recipe import Optimisation, with_defaults
 from prg.training.data import Images
 from prg.training.precision import Precision, choose_precision
 from prg.training.progress import track
@@ -142,7 +142,7 @@ class Trainer:
         if not path.exists():
             return False
         saved = load_checkpoint(path, self.job.kind, self.job.device)
-        differing = differences(saved.facts["settings"], self.job.settings)
+        differing = differences(with_defaults(saved.facts["settings"]), with_defaults(self.job.settings))
         if differing:
             raise CheckpointError(
                 f"{path}: begun with other settings ({'; '.join(differing)}); "

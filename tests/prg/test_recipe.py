@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from prg.recipe import RecipeError, load_recipe, parse_recipe, recipe_table, shipped_recipes
+from prg.recipe import (
+    RecipeError,
+    load_recipe,
+    parse_recipe,
+    recipe_table,
+    shipped_recipes,
+    with_defaults,
+)
 
 MINIMAL = """
 about = "mine"
@@ -36,6 +43,10 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("[pretrain]\nlr = -1", "lr = -1"),
         ("[finetune]\nt_end = [1.0]", "t_end"),
         ("[finetune]\nt_end = []", "t_end"),
+        ("[finetune]\nbeta = -0.1", "beta"),
+        ("[finetune]\nfreeze = true\nmixup = 0.2", "mixup = 0.2"),
+        ("[finetune]\nfreeze = true\npenalties = []", "penalties"),
+        ("[pretrain]\naugment = ['blur']", "pretrain.augment"),
         ("[encoder]\nsolver = 'rk5'", "rk5"),
         ("[encoder]\nsteps = 0", "steps"),
         ("[encoder]\nlayers = []", "layers"),
@@ -81,3 +92,9 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     path.write_text("= 3")
     with pytest.raises(RecipeError, match="not valid toml"):
         load_recipe(str(path))
+
+
+def test_settings_from_before_a_key_existed_have_its_default() -> None:
+    table = recipe_table(load_recipe("images-32"))
+    older = {**table, "finetune": {k: v for k, v in table["finetune"].items() if k != "beta"}}
+    assert with_defaults(older) == table
