@@ -1,6 +1,5 @@
 """Fine-tuning: encoder and head together, through the reverse ODE."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +8,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entry.config import sha256
-from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
+from prg.checkpoint import load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
 from prg.paths import PATHS, flow_matching_loss
-from prg.recipe import Recipe, recipe_table
+from prg.recipe import Recipe
 from prg.training import figures
 from prg.training.augmentation import augment, mix, normalise
 from prg.training.data import DataError, Images
+from prg.training.frozen import fit_head
+from prg.training.initial import load_initial
 from prg.training.loop import Batch, Job, Loss, Prepare, train
 from prg.training.pretrain import draw
 from prg.training.run import Run, choose_device
 from prg.unet import UNet
 
 VALIDATION_BATCH = 256
-PRETRAINED_FOR = ("network", "image")
-"""Sections in which a fine-tuning must agree with the pretraining it begins from."""
 
 
 def finetune(run: Run, init: Path | None = None) -> None:
     """Train the run's classifier, or go on with it.
 
-    init: the pretraining checkpoint to begin from; by default the run's own.
+    init: the checkpoint or entry to begin from; by default the run's own pretraining.
     """
-    job = finetuning_job(run, init or run.pretrained)
+    images, held_back = run.training_images()
+    job = finetuning_job(run, init or run.pretrained, images, held_back)
+    if run.recipe.finetune.freeze:
+        fit_head(job, run.recipe, held_back)
+        return
     train(job)
     figures.loss_curve(job.folder)
 
 
-def finetuning_job(run: Run, init: Path) -> Job:
-    """Everything that defines the fine-tuning of a run. Raises CheckpointError, DataError."""
+def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> Job:
+    """Everything that defines the fine-tuning of a run. Raises CheckpointError, EntryError, DataError."""
     recipe = run.recipe
-    images, held_back = run.training_images()
     if images.labels is None:
         raise DataError(
             f"{recipe.data.source}: no labels; fine-tuning needs one sub-folder of images a class"
         )
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
-    pretrained = load_pretrained(model.encoder.net, recipe, init)
+    origin = load_initial(model.encoder.net, recipe, init)
     return Job(
         kind="finetune",
         model=model,
@@ -58,11 +59,11 @@ def finetuning_job(run: Run, init: Path) -> Job:
         images=images,
         config=recipe.finetune,
         seed=recipe.seed + 1,
-        settings=run.settings(images, "encoder", "finetune") | {"init": pretrained["sha256"]},
+        settings=run.settings(images, "encoder", "finetune") | {"init": origin["init"]["sha256"]},
         folder=run.folder / "finetune",
         device=choose_device(),
         begun=run.remember,
-        facts={"classes": list(images.classes), "pretraining": pretrained},
+        facts={"classes": list(images.classes), **origin},
     )
 
 
@@ -79,25 +80,6 @@ def load_finetuned(run: Run) -> tuple[Classifier, dict[str, Any]]:
     model = build_classifier(run.recipe, len(saved.facts["classes"]))
     load_strictly(model, saved.part("average"), run.finetuned)
     return model, saved.facts
-
-
-def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
-    """The averaged pretrained weights into `net`; returns where they came from, for the record."""
-    saved = load_checkpoint(init, "pretrain")
-    table, then = recipe_table(recipe), saved.facts["settings"]
-    changed = differences({k: then[k] for k in PRETRAINED_FOR}, {k: table[k] for k in PRETRAINED_FOR})
-    if then["encoder"]["path"] != recipe.encoder.path:
-        changed.append(f"encoder.path was {then['encoder']['path']!r}, is {recipe.encoder.path!r}")
-    if changed:
-        raise CheckpointError(f"{init}: pretrained with other settings ({'; '.join(changed)})")
-    if saved.facts["step"] < saved.facts["steps"]:
-        print(
-            f"note: {init} is unfinished, step {saved.facts['step']} of {saved.facts['steps']}",
-            file=sys.stderr,
-        )
-    load_strictly(net, saved.part("average"), init)
-    told = ("step", "steps", "seconds", "precision", "device", "settings")
-    return {k: saved.facts[k] for k in told} | {"sha256": sha256(init)}
 
 
 def finetuning_batch(recipe: Recipe, classes: int) -> Prepare:
