@@ -196,9 +196,18 @@ def shipped_recipes() -> list[str]:
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """A shipped recipe by name, or a TOML (or a run's JSON) file by path.
 
+    A recipe with `extends = "NAME"` holds only what differs from that one.
     overrides: `section.key=value`, the value in TOML's notation, or a bare word for a string.
     Raises RecipeError for a file that is missing or does not parse, an unknown key, a wrong type or value.
     """
+    table = _table(name)
+    for item in overrides:
+        _override(table, item)
+    return parse_recipe(table, name)
+
+
+def _table(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's table, over that of the recipe it extends."""
     path = Path(name)
     if path.suffix not in (".toml", ".json"):
         if name not in shipped_recipes():
@@ -211,12 +220,23 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     else:
         text = path.read_text("utf-8")
     try:
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        table: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise RecipeError(f"{name}: not valid {path.suffix[1:] or 'toml'}: {error}") from None
-    for item in overrides:
-        _override(table, item)
-    return parse_recipe(table, name)
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    if not isinstance(base, str) or base in (*seen, name):
+        raise RecipeError(
+            f"{name}: extends = {base!r}: name another recipe, and not one that extends this one"
+        )
+    return _over(_table(base, (*seen, name)), table)
+
+
+def _over(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `table` in place of its own, section by section."""
+    both = {k: _over(base[k], v) for k, v in table.items() if isinstance(v, dict) and k in base}
+    return {**base, **table, **both}
 
 
 def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
