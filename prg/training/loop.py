@@ -26,7 +26,7 @@ from prg.checkpoint import (
     load_strictly,
     save_checkpoint,
 )
-from prg.recipe import Optimisation
+from prg.recipe import Optimisation, with_defaults
 from prg.training.data import Images
 from prg.training.muon import Muon
 from prg.training.precision import Precision, choose_precision
@@ -91,6 +91,16 @@ class Job:
         return max(1, round(self.config.epochs * self.steps_per_epoch))
 
 
+def refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError where the run's checkpoint was begun with other settings than it has now."""
+    differing = differences(with_defaults(saved), with_defaults(now))
+    if differing:
+        raise CheckpointError(
+            f"{path}: begun with other settings ({'; '.join(differing)}); "
+            "use those, or another folder for a new run"
+        )
+
+
 def learning_rate(config: Optimisation, step: int, steps: int) -> float:
     """Linear warm-up, then constant or half a cosine to lr_min."""
     warmup = round(config.warmup * steps)
@@ -143,12 +153,7 @@ class Trainer:
         if not path.exists():
             return False
         saved = load_checkpoint(path, self.job.kind, self.job.device)
-        differing = differences(saved.facts["settings"], self.job.settings)
-        if differing:
-            raise CheckpointError(
-                f"{path}: begun with other settings ({'; '.join(differing)}); "
-                "use those, or another folder for a new run"
-            )
+        refuse_other_settings(path, saved.facts["settings"], self.job.settings)
         load_strictly(self.model, saved.part("model"), path)
         self.average = saved.part("average")
         self.step, self.seconds = saved.facts["step"], saved.facts["seconds"]
