@@ -88,7 +88,7 @@ class Local:
             length = np.linalg.norm(vectors, axis=1, keepdims=True)
             vectors = np.divide(vectors, length, out=vectors, where=length > 0)
         errors = {i: str(d) for i, d in enumerate(decoded) if not isinstance(d, np.ndarray)}
-        return Rows(vectors, errors, self.identity["fingerprint"])
+        return Rows(vectors, errors, str(self.identity["fingerprint"]))
 
     def close(self) -> None:
         """End the decoding threads."""
@@ -113,7 +113,7 @@ class Remote:
         self._options = options
         models = self._client.models()
         name = options.get("model", models["default"])
-        facts = next((model for model in models["data"] if model["name"] == name), {})
+        facts: dict[str, Any] = next((m for m in models["data"] if m["name"] == name), {})
         self.identity = {
             "model": name,
             "version": facts.get("default_version"),
