@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data),)
 export PRG_TEST_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup serve test check format bench clean
+.PHONY: help setup serve test check format bench docs clean
 
 help: ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,20 +41,24 @@ serve: .venv/.serve ## run the service with the shipped model on http://127.0.0.
 test: .venv/.setup ## run the tests
 	$(RUN)pytest -n 2
 
-check: .venv/.setup ## format, lint, types, import rules
+check: .venv/.setup ## format, lint, types, import rules, links of the documents
 	$(RUN)ruff format --check .
 	$(RUN)ruff check .
 	$(RUN)mypy
 	$(RUN)lint-imports
 	$(RUN)hadolint docker/*.Dockerfile
+	$(RUN)zensical build --clean --strict
 
 bench: .venv/.setup ## measure the extractor and the gateway on this machine
 	PYTHONPATH=. $(RUN)python benchmarks/extractor.py
 	PYTHONPATH=. $(RUN)python benchmarks/gateway.py
+
+docs: .venv/.setup ## build the documentation site into site/; a broken link fails
+	$(RUN)zensical build --clean --strict
 
 format: .venv/.setup ## rewrite the code to the one format
 	$(RUN)ruff format .
 	$(RUN)ruff check --fix .
 
 clean: ## remove .venv and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache

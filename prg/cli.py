@@ -44,9 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         ExportError,
         ServiceError,
         FloatingPointError,
-        httpx.TransportError,
     ) as error:
         print(f"prg: {error}", file=sys.stderr)
+        return 1
+    except httpx.TransportError as error:
+        where = f"no service answers at {error.request.url} ({error})"
+        print(f"prg: {where}; start one with prg-serve, or name another with --url", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"prg: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
@@ -143,13 +146,18 @@ def _parser() -> argparse.ArgumentParser:
         "embed",
         help="embed folders of images into one file",
         description="Embed images into a .npy (with a .jsonl of paths beside it) or a .parquet. The same command "
-        "again continues; a bad file is a row of NaN with its error.",
+        "again continues an interrupted one; a bad file is a row of NaN with its error.",
+        epilog="example: prg embed photos/ --entry model_repository/prg-cifar10 --out vectors.parquet",
     )
-    sub.add_argument("paths", nargs="+", help="folders, files or patterns")
-    sub.add_argument("--out", type=Path, required=True, help="vectors.npy or vectors.parquet")
+    sub.add_argument("paths", nargs="+", help="folders (all levels of them), files, or patterns in quotes")
+    sub.add_argument("--out", type=Path, required=True, help="NAME.parquet, or NAME.npy and NAME.jsonl")
     where = sub.add_mutually_exclusive_group(required=True)
-    where.add_argument("--entry", type=Path, help="compute here, with this entry")
-    where.add_argument("--url", help="ask this service; a key is read from the environment as PRG_KEY")
+    where.add_argument(
+        "--entry", type=Path, help="compute here, with this entry, such as model_repository/mine"
+    )
+    where.add_argument(
+        "--url", help="ask this service, such as http://127.0.0.1:8000; a key, if it needs one, in PRG_KEY"
+    )
     sub.add_argument("--model", help="of the service; by default its own choice")
     sub.add_argument("--t-end", type=float, help="from 0 (noise) to 1 (the image); by default the model's")
     sub.add_argument("--feature", choices=("state", "hidden"), help="by default the model's")

@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -186,9 +188,8 @@ _Flow = Generator[_Call | float, Any, T]
 
 
 def _embed(images: Iterable[Image], options: EmbedOptions) -> _Flow[Embeddings]:
-    answers = yield from _post("/embed", images, {**options, "encoding_format": "base64"})
-    items = [item for answer in answers for item in answer["data"]]
-    t_end, dim = options.get("t_end"), answers[0]["dim"]
+    facts, items = yield from _post("/embed", images, {**options, "encoding_format": "base64"})
+    t_end, dim = options.get("t_end"), facts["dim"]
     shape = (len(items), len(t_end), dim) if isinstance(t_end, list) else (len(items), dim)
     vectors = np.full(shape, np.nan, np.float32)
     for row, item in enumerate(items):
@@ -196,31 +197,44 @@ def _embed(images: Iterable[Image], options: EmbedOptions) -> _Flow[Embeddings]:
             vectors[row] = _decoded(item["embedding"])
         elif "embeddings" in item:
             vectors[row] = [_decoded(level["embedding"]) for level in item["embeddings"]]
-    return Embeddings(vectors, _errors(items), answers[0]["model"], answers[0]["fingerprint"])
+    return Embeddings(vectors, _errors(items), facts["model"], facts["fingerprint"])
 
 
 def _classify(images: Iterable[Image], options: ClassifyOptions) -> _Flow[Classes]:
-    answers = yield from _post("/classify", images, {**options})
-    items = [item for answer in answers for item in answer["data"]]
+    facts, items = yield from _post("/classify", images, {**options})
     predictions = [[Prediction(**p) for p in item.get("predictions", ())] for item in items]
-    return Classes(predictions, _errors(items), answers[0]["model"], answers[0]["fingerprint"])
+    return Classes(predictions, _errors(items), facts["model"], facts["fingerprint"])
 
 
 def _models() -> _Flow[dict[str, Any]]:
     return (yield from _call(_Call("GET", "/models")))
 
 
-def _post(path: str, images: Iterable[Image], options: Mapping[str, Any]) -> _Flow[list[dict[str, Any]]]:
-    """The answers to as many requests as the images need, all of the same weights."""
-    answers: list[dict[str, Any]] = []
+def _post(
+    path: str, images: Iterable[Image], options: Mapping[str, Any]
+) -> _Flow[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(an answer, the items of all) of as many requests as the images need, all of the same weights."""
+    facts: dict[str, Any] | None = None
+    items: list[dict[str, Any]] = []
+    refused: ServiceError | None = None
     for files in _portions(images):
-        answer = yield from _call(_Call("POST", path, files, options))
-        if answers and answer["fingerprint"] != answers[0]["fingerprint"]:
+        try:
+            answer = yield from _call(_Call("POST", path, files, options))
+        except ServiceError as error:
+            if error.status != 413 or len(files) > 1:
+                raise
+            refused = error  # one image larger than a whole request may be: an error of its own
+            items.append({"error": {"detail": str(error)}})
+            continue
+        if facts and answer["fingerprint"] != facts["fingerprint"]:
             raise ServiceError(409, "the model was replaced between two requests; ask again")
-        answers.append(answer)
-    if not answers:
+        facts = answer
+        items.extend(answer["data"])
+    if refused and not facts:
+        raise refused
+    if not facts:
         raise ValueError("no images")
-    return answers
+    return facts, items
 
 
 def _call(call: _Call) -> _Flow[dict[str, Any]]:
@@ -249,9 +263,15 @@ def _read(response: httpx.Response) -> dict[str, Any]:
 
 
 def _wait_s(response: httpx.Response | None, attempt: int) -> float:
-    """What the service asks for, else doubling from a quarter of a second."""
+    """What the service asks for (or a proxy before it, perhaps by date), else doubling from a quarter of a second."""
     asked = response.headers.get("retry-after", "") if response is not None else ""
-    return min(float(asked) if asked.isdecimal() else 0.25 * 2**attempt, LONGEST_WAIT_S)
+    seconds = 0.25 * 2**attempt
+    if asked.isdecimal():
+        seconds = float(asked)
+    elif asked:
+        with contextlib.suppress(ValueError):  # neither seconds nor a date
+            seconds = max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    return min(seconds, LONGEST_WAIT_S)
 
 
 def _portions(images: Iterable[Image]) -> Iterator[list[tuple[str, tuple[str, bytes]]]]:

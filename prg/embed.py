@@ -32,6 +32,8 @@ class Rows:
 
     vectors: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
+    fingerprint: str = ""
+    """Of the weights: only vectors with the same may be compared."""
 
 
 class Embedder(Protocol):
@@ -85,7 +87,8 @@ class Local:
         if self._normalize:
             length = np.linalg.norm(vectors, axis=1, keepdims=True)
             vectors = np.divide(vectors, length, out=vectors, where=length > 0)
-        return Rows(vectors, {i: str(d) for i, d in enumerate(decoded) if not isinstance(d, np.ndarray)})
+        errors = {i: str(d) for i, d in enumerate(decoded) if not isinstance(d, np.ndarray)}
+        return Rows(vectors, errors, str(self.identity["fingerprint"]))
 
     def close(self) -> None:
         """End the decoding threads."""
@@ -110,13 +113,29 @@ class Remote:
         self._options = options
         models = self._client.models()
         name = options.get("model", models["default"])
-        versions = {model["name"]: model.get("default_version") for model in models["data"]}
-        self.identity = {"model": name, "version": versions.get(name), **options}
+        facts: dict[str, Any] = next((m for m in models["data"] if m["name"] == name), {})
+        self.identity = {
+            "model": name,
+            "version": facts.get("default_version"),
+            "t_end": facts.get("t_end"),
+            "feature": facts.get("feature"),
+            **options,
+        }
 
     def embed(self, files: list[Path]) -> Rows:
         """Embeddings of these files."""
-        found = self._client.embed(files, **self._options)
-        return Rows(found.vectors, found.errors)
+        errors: dict[int, str] = {}
+
+        def contents() -> Iterator[bytes]:  # one after the other: a portion of photos would fill the memory
+            for i, file in enumerate(files):
+                try:
+                    yield file.read_bytes()
+                except OSError as error:
+                    errors[i] = str(error)
+                    yield b""
+
+        found = self._client.embed(contents(), **self._options)
+        return Rows(found.vectors, found.errors | errors, found.fingerprint)
 
     def close(self) -> None:
         """Close the connections."""
@@ -126,8 +145,9 @@ class Remote:
 def embed(sources: Iterable[str], out: Path, embedder: Embedder) -> int:
     """Write embeddings of all images of `sources` to `out` (.npy or .parquet); returns how many failed.
 
-    A .npy has a .jsonl beside it with each row's path, and its error. What was done before an interruption is
-    kept in OUT.parts. Raises DataError where there is nothing to embed, or the parts are of something else.
+    A .npy has a .jsonl beside it with each row's path, and its error; a .parquet has both as columns, and says
+    in its metadata "prg" which weights, feature and level its vectors are of. What was done before an interruption
+    is kept in OUT.parts. Raises DataError where there is nothing to embed, or the parts are of something else.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: must end in .npy or .parquet")
@@ -143,9 +163,15 @@ def embed(sources: Iterable[str], out: Path, embedder: Embedder) -> int:
                 _save(path, embedder.embed(portion))
             bar.advance(len(portion))
     rows = [_load(path) for path in sorted(parts.glob("*.npz"))]
+    fingerprints = sorted({part.fingerprint for part in rows})
+    if len(fingerprints) > 1:
+        raise DataError(
+            f"{parts}: the service's model was replaced meanwhile (weights {' and '.join(fingerprints)}), "
+            "and vectors of different weights must not be mixed; remove it and begin again"
+        )
     vectors = np.concatenate([part.vectors for part in rows])
     errors = {k * PART + i: text for k, part in enumerate(rows) for i, text in part.errors.items()}
-    _write(out, files, vectors, errors)
+    _write(out, files, vectors, errors, embedder.identity | {"fingerprint": fingerprints[0]})
     shutil.rmtree(parts)
     return len(errors)
 
@@ -187,17 +213,21 @@ def _parts(out: Path, files: list[Path], identity: dict[str, Any]) -> Path:
 def _save(path: Path, rows: Rows) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.savez(file, vectors=rows.vectors, errors=np.array(json.dumps(rows.errors)))
+        facts = {"errors": rows.errors, "fingerprint": rows.fingerprint}
+        np.savez(file, vectors=rows.vectors, facts=np.array(json.dumps(facts)))
     os.replace(temporary, path)
 
 
 def _load(path: Path) -> Rows:
     with np.load(path) as saved:
-        errors = json.loads(str(saved["errors"]))
-        return Rows(saved["vectors"], {int(i): text for i, text in errors.items()})
+        facts = json.loads(str(saved["facts"]))
+        errors = {int(i): text for i, text in facts["errors"].items()}
+        return Rows(saved["vectors"], errors, facts["fingerprint"])
 
 
-def _write(out: Path, files: list[Path], vectors: np.ndarray, errors: dict[int, str]) -> None:
+def _write(
+    out: Path, files: list[Path], vectors: np.ndarray, errors: dict[int, str], about: dict[str, Any]
+) -> None:
     temporary = out.with_name(out.name + ".tmp")
     if out.suffix == ".npy":
         lines = [
@@ -217,5 +247,5 @@ def _write(out: Path, files: list[Path], vectors: np.ndarray, errors: dict[int, 
             "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
             "error": pa.array([errors.get(i) for i in range(len(files))], pa.string()),
         }
-        pq.write_table(pa.table(columns), temporary)
+        pq.write_table(pa.table(columns, metadata={"prg": json.dumps(about)}), temporary)
     os.replace(temporary, out)

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,11 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-MODULES = sorted(p for d in ("entry", "prg", "service", "benchmarks") for p in (ROOT / d).rglob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BIN = str(Path(sys.executable).parent)
+MODULES = sorted(
+    p for d in ("entry", "prg", "service", "benchmarks", "examples") for p in (ROOT / d).rglob("*.py")
+)
 
 
 def first_line(path: Path) -> str:
@@ -29,7 +36,33 @@ def test_the_tree_names_no_module_that_is_gone() -> None:
     assert set(re.findall(r"[a-z_0-9]+\.py", tree)) <= {p.name for p in MODULES}
 
 
-def test_settings_and_recipes_that_are_named_exist() -> None:
-    named = set(re.findall(r"PRG_[A-Z_]+", README))
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_settings_and_recipes_that_are_named_exist(path: Path) -> None:
+    text = path.read_text("utf-8")
+    named = set(re.findall(r"PRG_[A-Z_]+", text)) - {"PRG_PUBLISH", "PRG_KEY"}
     assert named <= {f"PRG_{name.upper()}" for name in Settings.model_fields}
-    assert set(re.findall(r"--recipe ([a-z0-9-]+)", README)) <= set(shipped_recipes())
+    assert set(re.findall(r"--recipe ([a-z0-9-]+)", text)) <= set(shipped_recipes())
+
+
+def test_every_setting_is_documented() -> None:
+    named = set(re.findall(r"PRG_[A-Z_]+", (ROOT / "docs" / "deploying.md").read_text("utf-8")))
+    assert {f"PRG_{name.upper()}" for name in Settings.model_fields} <= named
+
+
+def test_links_of_the_front_door_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+@pytest.mark.skipif(shutil.which("zensical", path=BIN) is None, reason="zensical is not installed")
+def test_the_site_has_no_broken_link(tmp_path: Path) -> None:
+    """The same build as `make docs`; that it minds is seen with a broken link."""
+    for name in ("zensical.toml", "docs"):
+        copy = shutil.copy if (ROOT / name).is_file() else shutil.copytree
+        copy(ROOT / name, tmp_path / name)
+    build = [f"{BIN}/zensical", "build", "--clean", "--strict"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = tmp_path / "docs" / "index.md"
+    page.write_text(page.read_text("utf-8") + "\n[nowhere](nowhere.md)\n", "utf-8")
+    assert subprocess.run(build, cwd=tmp_path, capture_output=True).returncode != 0

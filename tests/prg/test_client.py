@@ -4,6 +4,8 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,29 @@ def test_it_waits_as_long_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     found, script = scripted(monkeypatch, *steps)
     assert found.models()["default"] == "x"
     assert script.waited == [7, 60, 1, 2]
+
+
+def test_a_proxy_may_ask_by_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "time", lambda: 1_700_000_000.0)
+    dates = [format_datetime(datetime.fromtimestamp(1_700_000_000 + s, UTC), usegmt=True) for s in (12, -9)]
+    steps = [*((503, {"Retry-After": date}) for date in dates), (503, {"Retry-After": "soon"}), (200, {})]
+    found, script = scripted(monkeypatch, *steps)
+    found.models()
+    assert script.waited == [12, 0, 1]
+
+
+def test_an_image_larger_than_a_request_may_be_fails_alone(tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path)
+    settings = Settings(model_repository=tmp_path, max_body_bytes=100_000)
+    with TestClient(create_app(settings)) as running:
+        found = Client()
+        found._http = running
+        answer = found.embed([RED, bytes(module.REQUEST_BYTES), BLUE])
+        assert list(answer.errors) == [1]
+        assert "100,000 bytes" in answer.errors[1]
+        assert answer.vectors[[0, 2], :3] == pytest.approx(np.array([[1, 0, 0], [0, 0, 1]]))
+        with pytest.raises(ServiceError, match="413"):
+            found.embed([bytes(module.REQUEST_BYTES)])
 
 
 def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from prg import embed as module
 from prg.cli import main
 from service.app import create_app
 from service.settings import Settings
-from tests.tiny import png, write_tiny_entry
+from tests.tiny import png, tiny_fingerprint, write_tiny_entry
 
 
 @pytest.fixture
@@ -57,6 +59,8 @@ def test_parquet_patterns_and_each_file_once(pictures: Path, tmp_path: Path) -> 
     paths = table["path"].to_pylist()
     assert len(paths) == len(set(paths)) == 5 + 16
     check(np.stack(table["embedding"].to_numpy()), paths)
+    about = json.loads(table.schema.metadata[b"prg"])
+    assert about == {"fingerprint": tiny_fingerprint(), "feature": "hidden", "t_end": 0.8, "normalize": False}
     assert [e is None for e in table["error"].to_pylist()] == [not p.endswith("bad.jpg") for p in paths]
 
 
@@ -113,6 +117,45 @@ def test_a_service_gives_the_same(pictures: Path, tmp_path: Path, url: str) -> N
     a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
     assert np.allclose(a, b, equal_nan=True, atol=1e-6)
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+def test_weights_replaced_meanwhile_are_not_mixed(
+    pictures: Path,
+    tmp_path: Path,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, "PART", 16)
+    real = module.Remote.embed
+
+    def replaced(self: module.Remote, files: list[Path]) -> module.Rows:
+        rows = real(self, files)
+        return replace(rows, fingerprint="0" * 12) if len(files) < 16 else rows
+
+    monkeypatch.setattr(module.Remote, "embed", replaced)
+    out = tmp_path / "vectors.npy"
+    assert main(["embed", str(pictures), "--url", url, "--out", str(out)]) == 1
+    assert "was replaced meanwhile" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_file_that_goes_away_is_a_row(tmp_path: Path, url: str) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    with closing(module.Remote(url, None, {})) as service:
+        rows = service.embed([tmp_path / "gone.png", tmp_path / "a.png"])
+    assert "No such file" in rows.errors[0]
+    assert np.isnan(rows.vectors[0]).all()
+    assert rows.vectors[1] == pytest.approx([1, 0, 0, 0.8])
+
+
+def test_no_service_is_explained(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("prg.client.RETRIES", 0)
+    command = ["embed", str(pictures), "--url", "http://127.0.0.1:1", "--out", str(tmp_path / "a.npy")]
+    assert main(command) == 1
+    assert "no service answers at http://127.0.0.1:1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Image URLs: off by default, and no way into the service's own network."""
 
 import asyncio
+import contextlib
 import ipaddress
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -31,9 +33,12 @@ class Site(BaseHTTPRequestHandler):
             self.send_header("Location", self.path.removeprefix("/to/").replace("|", "/"))
             self.end_headers()
             return
+        if self.path == "/slow":
+            time.sleep(1)
         self.send_response(200 if self.path != "/missing" else 404)
         self.end_headers()
-        self.wfile.write(IMAGE if self.path == "/a.png" else bytes(100_000))
+        with contextlib.suppress(OSError):  # who asked for the slow page is gone
+            self.wfile.write(IMAGE if self.path == "/a.png" else bytes(100_000))
 
     def log_message(self, *_: object) -> None:
         pass
@@ -144,6 +149,13 @@ def test_what_can_not_be_read(site: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert refused(f"{base}/to/|to/|to/|to/|a.png") == 422
     assert refused("http://no-such-host.invalid/a.png") == 422
     assert refused("http://127.0.0.1:1/a.png") == 422
+
+
+@pytest.mark.usefixtures("open_house")
+def test_a_slow_site_is_not_waited_for(site: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.2)
+    with pytest.raises(ImageError, match="longer than 0.2 s"):
+        read(f"http://127.0.0.1:{site}/slow")
 
 
 @pytest.mark.usefixtures("open_house")

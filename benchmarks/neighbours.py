@@ -1,0 +1,90 @@
+"""Nearest neighbours of the same class, by feature and with the mean subtracted or not. Prints one JSON line last.
+
+The images are those that training held back, so neither pretraining nor fine-tuning saw them, nor are they a
+test split.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from entry.runner import Runner
+from prg.training.data import hold_out, load_split, splits
+
+BATCH = 64
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--entry", type=Path, default=Path("model_repository/prg-cifar10"))
+    parser.add_argument("--data", required=True, help="labelled images the entry was trained on")
+    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--validation", type=float, default=0.1, help="share held back (the recipe's data.validation)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the recipe's seed")
+    parser.add_argument("--t-end", type=float, help="by default the entry's")
+    parser.add_argument("-k", type=int, default=10)
+    arguments = parser.parse_args(argv)
+    runner = Runner(arguments.entry)
+    t_end = runner.entry.prg.t_end if arguments.t_end is None else arguments.t_end
+    with tempfile.TemporaryDirectory() as cache:
+        images = load_split(splits(arguments.data)[arguments.split], runner.entry.prg.image, Path(cache))
+        _, held_back = hold_out(images, arguments.validation, arguments.seed)
+    if held_back.labels is None:
+        parser.error("the images have no labels")
+    vectors = features(runner, held_back.pixels, t_end)
+    result = {
+        f"{name}{' centred' if centred else ''}": round(
+            precision(v, held_back.labels, arguments.k, centred), 4
+        )
+        for name, v in vectors.items()
+        for centred in (False, True)
+    }
+    print(
+        f"share of the {arguments.k} nearest (cosine) of {len(held_back)} images that are of the same class"
+    )
+    for name, value in result.items():
+        print(f"  {name:16} {value:.1%}")
+    facts = {"images": len(held_back), "t_end": t_end, "k": arguments.k, "precision": result}
+    print(
+        json.dumps(
+            facts | {"entry": runner.entry.name, "fingerprint": runner.entry.fingerprint(runner.version)}
+        )
+    )
+    return 0
+
+
+def features(runner: Runner, pixels: np.ndarray, t_end: float) -> dict[str, np.ndarray]:
+    """float32 [N, D] by the name of the feature."""
+    parts = [
+        runner.run(
+            pixels[start : start + BATCH], np.full(len(pixels[start : start + BATCH]), t_end, np.float32)
+        )
+        for start in range(0, len(pixels), BATCH)
+    ]
+    return {
+        "hidden": np.concatenate([part.hidden for part in parts]),
+        "state": np.concatenate([part.state for part in parts]),
+    }
+
+
+def precision(vectors: np.ndarray, labels: np.ndarray, k: int, centred: bool) -> float:
+    """Share of each vector's k nearest others, by cosine, that have its label."""
+    if centred:
+        vectors = vectors - vectors.mean(0)
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    similar = unit @ unit.T
+    np.fill_diagonal(similar, -np.inf)
+    nearest = np.argpartition(-similar, k, axis=1)[:, :k]
+    return float((labels[nearest] == labels[:, None]).mean())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

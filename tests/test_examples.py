@@ -1,0 +1,175 @@
+"""Every example of the documents runs, or is at least made of words that exist."""
+
+import base64
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from service.app import create_app
+from service.settings import Settings, load_settings
+from tests.blocks import MARK, ROOT, Block, Desk, blocks, check, compare
+from tests.prg.workshop import image_folder, overrides
+
+PAGES = [ROOT / "README.md", ROOT / "docker" / "keys" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+FILES = ("photo.jpg", "cat.jpg", "dog.jpg", "cat.png")
+"""Pictures that the documents speak of."""
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[str]:
+    """host:port of the service with the shipped model."""
+    app = create_app(Settings(model_repository=ROOT / "model_repository"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until = time.monotonic() + 60
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.02)
+    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def serve(variables: dict[str, str]) -> None:
+    """prg-serve with these variables, in the working folder: it starts, and answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        settings = load_settings()
+        with TestClient(create_app(settings)) as client:
+            default = client.get("/health/live") and client.app.state.gateway.default_model()  # type: ignore[attr-defined]
+            assert client.app.state.gateway.engine.models()[default].ready  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def desk(service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A folder with all that the documents speak of."""
+    rng = np.random.default_rng(0)
+    for name in FILES:
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    image_folder(tmp_path / "photos")
+    shutil.copytree(ROOT / "model_repository", tmp_path / "model_repository")
+    for name in ("examples", "prg"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    image = base64.b64encode((tmp_path / "cat.png").read_bytes()).decode()
+    return Desk(tmp_path, service, image, tuple(overrides()), serve)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: apt-get install curl")
+@pytest.mark.parametrize("page", sorted({b.page for b in BLOCKS if b.reason is None}))
+def test_the_examples_run(desk: Desk, page: str) -> None:
+    for block in BLOCKS:
+        if block.page == page and block.reason is None:
+            desk.run(block)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_the_words_of_an_example_exist(block: Block) -> None:
+    check(block)
+
+
+def test_options_in_running_text_exist() -> None:
+    from prg.cli import _parser
+
+    text = "".join(re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL) for page in PAGES)
+    asked = {w for span in re.findall(r"`([^`]+)`", text) for w in re.findall(r"(?<!\S)--[a-z][a-z-]+", span)}
+    actions = _parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
+    known = {word for parser in actions for word in parser._option_string_actions}
+    script = (ROOT / "examples" / "search.py").read_text("utf-8")
+    known |= set(re.findall(r'"(--[a-z-]+)"', script)) | {"--new-key", "--wait", "--rm"}
+    assert asked <= known
+    assert "--dry-run" in asked
+
+
+def page_of(tmp_path: Path, text: str) -> Block:
+    path = tmp_path / "page.md"
+    path.write_text(text)
+    [block] = blocks(path)
+    return block
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prg embed photos/ --out a.npy --entri x",
+        "prg pretrain runs/a --recipe images-32 --epochs 3",
+        "make everything",
+        "PRG_MAX_PIXEL=3 prg-serve",
+        "docker compose logs gatewy",
+        "COMPOSE_PROFILES=tpu docker compose up",
+        "pip install faiss-gpu",
+        "for x in; do",
+    ],
+)
+def test_a_word_that_does_not_exist_is_found(tmp_path: Path, text: str) -> None:
+    with pytest.raises(AssertionError):
+        check(page_of(tmp_path, f"<!-- not run: a test -->\n```sh\n{text}\n```\n"))
+
+
+@pytest.mark.parametrize(
+    ("written", "answered"),
+    [
+        ('{"a": 1}', '{"a": 1, "b": 2}'),
+        ('{"a": 1, "b": 2}', '{"a": 1}'),
+        ('{"a": [1, 2]}', '{"a": [1, 2, 3]}'),
+        ('{"a": [1, 2,…]}', '{"a": [1]}'),
+        ('{"a": "x"}', '{"a": 1}'),
+        ('{"error": {"status": 422}}', '{"error": {"status": 413}}'),
+        ("embedded: a.npy", "embedded: b.npy"),
+        ("embedded: a.npy", "embedded: a.npy; 2 files could not be used"),
+    ],
+)
+def test_another_answer_is_found(written: str, answered: str) -> None:
+    with pytest.raises(AssertionError):
+        compare(written, answered, "here")
+
+
+@pytest.mark.parametrize(
+    ("written", "answered"),
+    [
+        ('{"a": 1.5, …}', '{"a": 2, "b": 2}'),
+        ('{"a": [1,…], "b": "…"}', '{"a": [1, 2, 3], "b": {"c": 1}}'),
+        ("12 of 30 files in …", "3 of 4 files in /a/b"),
+    ],
+)
+def test_an_answer_of_the_same_shape_passes(written: str, answered: str) -> None:
+    compare(written, answered, "here")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "curl -F files=@cat.jpg localhost:8000/embed?t_end=7",
+        "curl -F files=@missing.jpg localhost:8000/embed",
+        "prg embed nothing/ --entry model_repository/prg-cifar10 --out a.npy",
+        "PRG_DEFAULT_MODEL=other prg-serve",
+        "cat missing.txt | cat",
+    ],
+)
+def test_an_example_that_fails_is_found(desk: Desk, tmp_path: Path, command: str) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        desk.run(page_of(tmp_path, f"```sh\n{command}\n```\n"))
+
+
+def test_marks_say_why() -> None:
+    assert MARK.fullmatch("<!-- not run: needs a GPU -->")
+    assert {b.reason for b in BLOCKS if b.reason} <= {
+        "needs Docker",
+        "needs a GPU",
+        "takes hours",
+        "a sketch",
+    }
+    assert os.environ["OMP_NUM_THREADS"] == "1"
