@@ -2,10 +2,11 @@
 
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -121,7 +122,8 @@ class Recipe:
 
     about: str
     seed: int = 0
-    network: str
+    network: str | UNetConfig
+    """A preset's name, or a table of the network's shape."""
     pretrain: Pretrain
     finetune: Finetune
     data: Data = field(default_factory=Data)
@@ -130,11 +132,12 @@ class Recipe:
     serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self) -> None:
-        if self.network not in PRESETS:
+        if isinstance(self.network, str) and self.network not in PRESETS:
             raise ValueError(f"network = {self.network!r}: choose one of {', '.join(PRESETS)}")
         if self.unet.image_size != self.image.size:
+            name = repr(self.network) if isinstance(self.network, str) else "of this shape"
             raise ValueError(
-                f"image.size = {self.image.size}, but network {self.network!r} takes {self.unet.image_size}"
+                f"image.size = {self.image.size}, but network {name} takes {self.unet.image_size}"
             )
         if self.image.resize < self.image.size:
             raise ValueError(f"image.resize = {self.image.resize} is below image.size = {self.image.size}")
@@ -145,7 +148,7 @@ class Recipe:
     @property
     def unet(self) -> UNetConfig:
         """The network's shape."""
-        return PRESETS[self.network]
+        return PRESETS[self.network] if isinstance(self.network, str) else self.network
 
     def head(self, classes: int) -> HeadConfig:
         """The head's shape, for so many classes."""
@@ -161,10 +164,13 @@ def shipped_recipes() -> list[str]:
     )
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name: str, overrides: Iterable[str] = (), given: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Recipe:
     """A shipped recipe by name, or a TOML (or a run's JSON) file by path.
 
     overrides: `section.key=value`, the value in TOML's notation, or a bare word for a string.
+    given: keys by section that replace the file's own, such as those that an imported network decides.
     Raises RecipeError for a file that is missing or does not parse, an unknown key, a wrong type or value.
     """
     path = Path(name)
@@ -182,6 +188,9 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise RecipeError(f"{name}: not valid {path.suffix[1:] or 'toml'}: {error}") from None
+    for section, keys in given.items():
+        before = table.get(section)
+        table[section] = {**(before if isinstance(before, dict) else {}), **keys}
     for item in overrides:
         _override(table, item)
     return parse_recipe(table, name)
@@ -191,7 +200,7 @@ def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
     """A recipe from its table; `where` names it in errors. Raises RecipeError."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # here: the training core does without it
 
-    for kind in (Recipe, Data, Image, Pretrain, Finetune, Serve, EncoderConfig):
+    for kind in (Recipe, Data, Image, Pretrain, Finetune, Serve, EncoderConfig, UNetConfig):
         kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
@@ -213,6 +222,7 @@ def recipe_table(recipe: Recipe) -> dict[str, Any]:
 def _known(location: tuple[int | str, ...]) -> list[str]:
     """The keys allowed where an unknown one was found."""
     sections = {f: t for f, t in Recipe.__annotations__.items() if hasattr(t, "__dataclass_fields__")}
+    sections["network"] = UNetConfig
     kind = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return list(kind.__dataclass_fields__)
 

@@ -39,6 +39,7 @@ def finetune(run: Run, init: Path | None = None) -> None:
 def finetuning_job(run: Run, init: Path) -> Job:
     """Everything that defines the fine-tuning of a run. Raises CheckpointError, DataError."""
     recipe = run.recipe
+    run.check_trained_here(run.finetuned)
     images, held_back = run.training_images()
     if images.labels is None:
         raise DataError(

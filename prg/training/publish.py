@@ -54,6 +54,9 @@ def training_facts(about: str, facts: dict[str, Any]) -> dict[str, Any]:
     told: dict[str, Any] = {"recipe": about, "commit": commit(), "device": facts["device"]}
     for kind, stage in stages.items():
         settings = stage["settings"]
+        if "imported" in settings:
+            told[kind] = {"imported": settings["imported"]}
+            continue
         told[kind] = {
             "images": settings["images"],
             "epochs": settings[kind]["epochs"],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from entry.config import ImageSpec, write_atomically
-from prg.checkpoint import CheckpointError, differences
+from prg.checkpoint import CheckpointError, differences, read_facts
 from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table
 from prg.training.data import DataError, Images, Source, hold_out, load_split, splits
 
@@ -60,6 +60,14 @@ class Run:
         if changed:
             raise CheckpointError(
                 f"{path}: trained by another recipe than the run has now ({'; '.join(changed)})"
+            )
+
+    def check_trained_here(self, path: Path) -> None:
+        """Raise CheckpointError where there is a checkpoint that was imported: it has no training to go on with."""
+        if path.is_file() and "imported" in read_facts(path)["settings"]:
+            raise CheckpointError(
+                f"{path}: was imported, so there is no training to continue; "
+                f"fine-tune in a new run: prg finetune NEW --recipe … --init {self.pretrained}"
             )
 
     def training_images(self) -> tuple[Images, Images]:
