@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prg: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"prg: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"prg: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except Interrupted as error:
         print(f"prg: {error}", file=sys.stderr)
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             metavar="KEY=VALUE",
             help="change a key of the recipe, such as finetune.epochs=3; may be repeated",
+        )
+        sub.add_argument(
+            "--skip-unreadable", action="store_true", help="leave out files that are no images, and list them"
         )
         sub.add_argument(
             "--dry-run",
@@ -179,6 +183,8 @@ def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that the flags describe, None if they leave it to the run."""
     overrides = [*arguments.set, *_data_override(arguments.data)]
+    if arguments.skip_unreadable:
+        overrides.append("data.skip_unreadable=true")
     own = arguments.run / "recipe.json"
     if arguments.recipe is None and not overrides:
         return None

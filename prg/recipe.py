@@ -37,6 +37,10 @@ class Data:
     """Share of the training split that is held back from training, to choose by."""
     labels: tuple[str, ...] = ()
     """Class names as served, in the order of the data's class ids. Empty: the data's own names."""
+    skip_unreadable: bool = False
+    """Leave out files that are no usable images, instead of refusing the whole."""
+    enlarge: bool = False
+    """Take images that are smaller than the network's size, and enlarge them."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def finetuning_job(run: Run, init: Path) -> Job:
         raise DataError(
             f"{recipe.data.source}: no labels; fine-tuning needs one sub-folder of images a class"
         )
+    run.check_classes(images, held_back)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
     pretrained = load_pretrained(model.encoder.net, recipe, init)
