@@ -41,9 +41,27 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # what a full disk is, to its writer
+            kept = "; the checkpoint before it is kept" if path.exists() else ""
+            raise CheckpointError(f"{path}: could not be written ({error}){kept}") from None
         raise
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, without its tensors. Raises CheckpointError for a file that is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it can't be used"
+        ) from None
+    if header.get("format") != FORMAT or "prg" not in header:
+        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint written by prg")
+    facts: dict[str, Any] = json.loads(header["prg"])
+    return facts
 
 
 def load_checkpoint(
@@ -58,22 +76,14 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path}: no such checkpoint; make it with `prg {kinds[0]}`, or name another one"
         )
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error}); it can't be used"
-        ) from None
-    if header.get("format") != FORMAT or "prg" not in header:
-        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint written by prg")
-    facts = json.loads(header["prg"])
+    facts = read_facts(path)
     if facts["kind"] not in kinds:
         needed = " or ".join(f"`prg {k}`" for k in kinds)
         raise CheckpointError(
             f"{path}: a checkpoint of `prg {facts['kind']}`, where one of {needed} is needed"
         )
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     return Checkpoint(tensors, facts)
 
 

@@ -1,4 +1,4 @@
-"""The offline scripts: prg pretrain | finetune | evaluate | export | embed."""
+"""The offline scripts: prg pretrain | finetune | evaluate | export | import | embed."""
 
 import argparse
 import json
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prg: {where}; start one with prg-serve, or name another with --url", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"prg: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"prg: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except Interrupted as error:
         print(f"prg: {error}", file=sys.stderr)
@@ -86,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             metavar="KEY=VALUE",
             help="change a key of the recipe, such as finetune.epochs=3; may be repeated",
+        )
+        sub.add_argument(
+            "--skip-unreadable", action="store_true", help="leave out files that are no images, and list them"
         )
         sub.add_argument(
             "--dry-run",
@@ -142,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(command=_export)
 
+    _add_import(commands)
+
     sub = commands.add_parser(
         "embed",
         help="embed folders of images into one file",
@@ -166,11 +172,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    kinds = commands.add_parser(
+        "import",
+        help="make a run of a network that others trained",
+        description="Make a run of a network that others trained; finetune, evaluate and export take it as their own.",
+    ).add_subparsers(required=True, metavar="KIND")
+    for kind, command, metavar, text in (
+        ("official", _import_official, "FILE", "a checkpoint (.pt) of the official PRG release"),
+        (
+            "diffusers",
+            _import_diffusers,
+            "DIR",
+            "a folder of a diffusers UNet2DModel that was trained as a DDPM",
+        ),
+    ):
+        sub = kinds.add_parser(kind, help=text, description=f"Import {text}.")
+        sub.add_argument("source", type=Path, metavar=metavar, help=text)
+        sub.add_argument("run", type=Path, help="folder of the new run")
+        sub.add_argument(
+            "--recipe", required=True, help=f"a .toml file or one of {', '.join(shipped_recipes())}"
+        )
+        sub.add_argument("--data", help="images for what comes next; a head's classes are named after them")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
+        )
+        sub.set_defaults(command=command)
+
+
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that the flags describe, None if they leave it to the run."""
-    overrides = [*getattr(arguments, "freeze", []), *arguments.set]
-    if arguments.data:
-        overrides.append(f"data.source={json.dumps(_source(arguments.data))}")
+    overrides = [*getattr(arguments, "freeze", []), *arguments.set, *_data_override(arguments.data)]
+    if arguments.skip_unreadable:
+        overrides.append("data.skip_unreadable=true")
     own = arguments.run / "recipe.json"
     if arguments.recipe is None and not overrides:
         return None
@@ -278,6 +312,25 @@ def _export(arguments: argparse.Namespace) -> None:
     version = publish(run, arguments.stage, arguments.entry, arguments.precision, arguments.compact)
     path = arguments.entry / version / "model.pt"
     print(f"exported: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _import_official(arguments: argparse.Namespace) -> None:
+    from prg.importers.imported import write_run
+    from prg.importers.official import import_official
+
+    recipe = load_recipe(arguments.recipe, [*arguments.set, *_data_override(arguments.data)])
+    run = write_run(arguments.run, import_official(arguments.source, recipe))
+    what, then = ("network and head", "evaluate") if run.finetuned.exists() else ("network", "finetune")
+    print(f"imported {what}: {run.folder}\nnext: prg {then} {run.folder}")
+
+
+def _import_diffusers(arguments: argparse.Namespace) -> None:
+    from prg.importers.diffusers import import_diffusers
+    from prg.importers.imported import write_run
+
+    overrides = [*arguments.set, *_data_override(arguments.data)]
+    run = write_run(arguments.run, import_diffusers(arguments.source, arguments.recipe, overrides))
+    print(f"imported network: {run.folder}\nnext: prg finetune {run.folder}")
 
 
 def _embed(arguments: argparse.Namespace) -> None:

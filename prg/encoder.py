@@ -48,13 +48,11 @@ class Encoder(nn.Module):
 
     __jit_unused_properties__: ClassVar = ["field", "net"]
 
-    def __init__(
-        self, net: UNet, config: EncoderConfig, reversed_time: bool = False, save_memory: bool = True
-    ) -> None:
+    def __init__(self, net: UNet, config: EncoderConfig, save_memory: bool = True) -> None:
         super().__init__()
         self.config = config
         path = PATHS[config.path]
-        field = VelocityField(net, reversed_time, path.predicts_noise)
+        field = VelocityField(net, path.predicts_noise)
         self.solver = Solver(field, config.solver, config.steps, save_memory)
         self.t_start = path.t_start
         self.blocks = net.block_numbers(config.layers)

@@ -120,15 +120,13 @@ PATHS: dict[str, Path] = {
 class VelocityField(nn.Module):
     """A network as the velocity dx/dt under this package's time convention.
 
-    reversed_time: the network was trained on s = 1 - t with output dx/ds (the official GVP weights), so
-    v(x, t) = -net(x, 1 - t). predicts_noise: it answers with the noise of the VP path, so
-    v = beta/2 * (x - noise/sigma), the probability flow.
+    predicts_noise: it answers with the noise of the VP path, so v = beta/2 * (x - noise/sigma), the
+    probability flow.
     """
 
-    def __init__(self, net: UNet, reversed_time: bool = False, predicts_noise: bool = False) -> None:
+    def __init__(self, net: UNet, predicts_noise: bool = False) -> None:
         super().__init__()
         self.net = net
-        self.reversed_time = reversed_time
         self.predicts_noise = predicts_noise
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -136,13 +134,11 @@ class VelocityField(nn.Module):
         if self.predicts_noise:
             at = t[:, None, None, None]
             return 0.5 * vp_beta(at) * (x - self.net(x, t) / vp_sigma(at))
-        if self.reversed_time:
-            return -self.net(x, 1 - t)
         return self.net(x, t)
 
     def activations(self, x: Tensor, t: Tensor, blocks: list[int]) -> Tensor:
         """Spatial averages of the numbered blocks of one evaluation at (x, t): [B, D_h]."""
-        return self.net.activations(x, 1 - t if self.reversed_time else t, blocks)
+        return self.net.activations(x, t, blocks)
 
 
 def flow_matching_loss(net: nn.Module, path: Path, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:

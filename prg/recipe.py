@@ -2,10 +2,11 @@
 
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,10 @@ class Data:
     """Share of the training split that is held back from training, to choose by."""
     labels: tuple[str, ...] = ()
     """Class names as served, in the order of the data's class ids. Empty: the data's own names."""
+    skip_unreadable: bool = False
+    """Leave out files that are no usable images, instead of refusing the whole."""
+    enlarge: bool = False
+    """Take images that are smaller than the network's size, and enlarge them."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,8 @@ class Recipe:
 
     about: str
     seed: int = 0
-    network: str
+    network: str | UNetConfig
+    """A preset's name, or a table of the network's shape."""
     pretrain: Pretrain
     finetune: Finetune
     data: Data = field(default_factory=Data)
@@ -154,11 +160,12 @@ class Recipe:
     serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self) -> None:
-        if self.network not in PRESETS:
+        if isinstance(self.network, str) and self.network not in PRESETS:
             raise ValueError(f"network = {self.network!r}: choose one of {', '.join(PRESETS)}")
         if self.unet.image_size != self.image.size:
+            name = repr(self.network) if isinstance(self.network, str) else "of this shape"
             raise ValueError(
-                f"image.size = {self.image.size}, but network {self.network!r} takes {self.unet.image_size}"
+                f"image.size = {self.image.size}, but network {name} takes {self.unet.image_size}"
             )
         if self.image.resize < self.image.size:
             raise ValueError(f"image.resize = {self.image.resize} is below image.size = {self.image.size}")
@@ -169,7 +176,7 @@ class Recipe:
     @property
     def unet(self) -> UNetConfig:
         """The network's shape."""
-        return PRESETS[self.network]
+        return PRESETS[self.network] if isinstance(self.network, str) else self.network
 
     def head(self, classes: int) -> HeadConfig:
         """The head's shape, for so many classes."""
@@ -195,14 +202,20 @@ def shipped_recipes() -> list[str]:
     )
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name: str, overrides: Iterable[str] = (), given: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Recipe:
     """A shipped recipe by name, or a TOML (or a run's JSON) file by path.
 
     A recipe with `extends = "NAME"` holds only what differs from that one.
     overrides: `section.key=value`, the value in TOML's notation, or a bare word for a string.
+    given: keys by section that replace the file's own, such as those that an imported network decides.
     Raises RecipeError for a file that is missing or does not parse, an unknown key, a wrong type or value.
     """
     table = _table(name)
+    for section, keys in given.items():
+        before = table.get(section)
+        table[section] = {**(before if isinstance(before, dict) else {}), **keys}
     for item in overrides:
         _override(table, item)
     return parse_recipe(table, name)
@@ -245,7 +258,7 @@ def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
     """A recipe from its table; `where` names it in errors. Raises RecipeError."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # here: the training core does without it
 
-    for kind in (Recipe, *SECTIONS.values()):
+    for kind in (Recipe, *SECTIONS.values(), UNetConfig):
         kind.__pydantic_config__ = ConfigDict(extra="forbid")
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
@@ -276,7 +289,8 @@ def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _known(location: tuple[int | str, ...]) -> list[str]:
     """The keys allowed where an unknown one was found."""
-    kind = SECTIONS.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    kinds = {**SECTIONS, "network": UNetConfig}
+    kind = kinds.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return list(kind.__dataclass_fields__)
 
 

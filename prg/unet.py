@@ -30,6 +30,32 @@ class UNetConfig:
     skip_all: bool = True
     """True (official): every encoder block is skipped to a decoder block of its own, also the stem and the
     down-samplings, which makes the decoder the larger half. False: only the residual blocks are."""
+    head_channels: int = 0
+    """Channels of an attention head, however many heads that makes; 0: `heads` heads."""
+    scale_shift: bool = True
+    """True (official): the time embedding scales and shifts a block's second norm. False: it is added before."""
+    eps: float = 1e-5
+    """Of the group norms."""
+    pad_after: bool = False
+    """Where down-sampling pads: on the right and below alone, or (official) on all sides."""
+    times: int = 0
+    """Number of discrete times of a network trained on them (data at 0): its own time is then
+    times * (1 - t) - 1, clamped to them. 0: it is t."""
+    freq_shift: int = 0
+    """Frequencies of the time embedding are exp(-ln(1e4) i / (n - freq_shift)), i from 0 to n - 1."""
+
+    def __post_init__(self) -> None:
+        coarsest = self.patch * 2 ** (len(self.multipliers) - 1)
+        if self.image_size % coarsest:
+            raise ValueError(
+                f"image_size = {self.image_size}: with {len(self.multipliers)} levels and patch = {self.patch} "
+                f"it must be a multiple of {coarsest}"
+            )
+        for m in self.multipliers:
+            width = self.channels * m
+            for key in ("groups", "head_channels" if self.head_channels else "heads"):
+                if width % (parts := getattr(self, key)):
+                    raise ValueError(f"{key} = {parts}: does not divide a level of {width} channels")
 
 
 def light(image_size: int, channels: int, multipliers: tuple[int, ...], groups: int = 32) -> UNetConfig:
@@ -58,11 +84,11 @@ PRESETS: dict[str, UNetConfig] = {
 """unet32 and unet64 are the official networks; the others are for processors. tiny16 is for trying things."""
 
 
-def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of t: [B] -> [B, dim], cosines first, frequencies exp(-ln(1e4) i / (dim / 2))."""
+def time_embedding(t: Tensor, dim: int, shift: int = 0) -> Tensor:
+    """Sinusoidal embedding of t: [B] -> [B, dim], cosines first, frequencies exp(-ln(1e4) i / (dim / 2 - shift))."""
     half = dim // 2
     i = torch.arange(half, device=t.device, dtype=torch.float32)
-    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / half))[None]
+    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / (half - shift)))[None]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -74,34 +100,43 @@ def zero(conv: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Residual block with scale-shift conditioning on the time embedding: [B, c_in, H, W] -> [B, c_out, H, W]."""
+    """Residual block conditioned on the time embedding: [B, c_in, H, W] -> [B, c_out, H, W]."""
 
-    def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int) -> None:
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, config: UNetConfig) -> None:
         super().__init__()
+        groups, eps = config.groups, config.eps
+        self.scale_shift = config.scale_shift
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+            nn.GroupNorm(groups, c_in, eps), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, (1 + config.scale_shift) * c_out))
         # The third place is the official network's dropout, kept as a name only: its rate was 0.
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+            nn.GroupNorm(groups, c_out, eps),
+            nn.SiLU(),
+            nn.Identity(),
+            zero(nn.Conv2d(c_out, c_out, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x)
-        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.out_layers[0](h) * (1 + scale) + shift
+        condition = self.emb_layers(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = condition.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+        else:
+            h = self.out_layers[0](h + condition)
         return self.skip_connection(x) + self.out_layers[3](self.out_layers[1](h))
 
 
 class Attention(nn.Module):
     """Self-attention over positions, heads in the legacy order (heads split before q, k, v)."""
 
-    def __init__(self, channels: int, heads: int, groups: int) -> None:
+    def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.heads = channels // config.head_channels if config.head_channels else config.heads
+        self.norm = nn.GroupNorm(config.groups, channels, config.eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
@@ -126,12 +161,13 @@ class Stem(nn.Conv2d):
 class Downsample(nn.Module):
     """Halve the resolution by a strided convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pad_after: bool) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.pad_after = pad_after
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_after else 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op(F.pad(x, [0, 1, 0, 1]) if self.pad_after else x)
 
 
 class Upsample(nn.Module):
@@ -168,15 +204,17 @@ class UNet(nn.Module):
         self.config = config
         self.channels = config.channels
         self.patch = config.patch
+        self.times = config.times
+        self.freq_shift = config.freq_shift
         emb_dim = 4 * config.channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
         )
 
         def level(c_in: int, c_out: int, factor: int) -> list[nn.Module]:
-            layers: list[nn.Module] = [ResBlock(c_in, c_out, emb_dim, config.groups)]
+            layers: list[nn.Module] = [ResBlock(c_in, c_out, emb_dim, config)]
             if factor in config.attention:
-                layers.append(Attention(c_out, config.heads, config.groups))
+                layers.append(Attention(c_out, config))
             return layers
 
         widths = [config.channels * m for m in config.multipliers]
@@ -190,18 +228,15 @@ class UNet(nn.Module):
                 pushed.append(True)
                 skips.append(width)
             if i < len(widths) - 1:
-                inputs.append(Block(Downsample(width)))
+                inputs.append(Block(Downsample(width, config.pad_after)))
                 pushed.append(config.skip_all)
                 skips += [width] if config.skip_all else []
         self.input_blocks = nn.ModuleList(inputs)
         self.pushed = pushed
 
-        middle: list[nn.Module] = [ResBlock(width, width, emb_dim, config.groups)]
+        middle: list[nn.Module] = [ResBlock(width, width, emb_dim, config)]
         if config.middle_attention:
-            middle += [
-                Attention(width, config.heads, config.groups),
-                ResBlock(width, width, emb_dim, config.groups),
-            ]
+            middle += [Attention(width, config), ResBlock(width, width, emb_dim, config)]
         self.middle_block = Block(*middle)
 
         outputs = []
@@ -215,7 +250,7 @@ class UNet(nn.Module):
                 outputs.append(Block(*layers))
         self.output_blocks = nn.ModuleList(outputs)
         self.out = nn.Sequential(
-            nn.GroupNorm(config.groups, width),
+            nn.GroupNorm(config.groups, width, config.eps),
             nn.SiLU(),
             zero(nn.Conv2d(width, 3 * config.patch**2, 3, padding=1)),
         )
@@ -233,7 +268,10 @@ class UNet(nn.Module):
     def walk(self, x: Tensor, t: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
         """Run the blocks up to number `last`; returns its output and the averages of those in `taps`."""
         precision = self.out[2].weight.dtype
-        emb = self.time_embed(time_embedding(t, self.channels).to(precision))  # type: ignore[arg-type]
+        if self.times > 0:
+            t = (self.times * (1 - t) - 1).clamp(0, self.times - 1)
+        embedded = time_embedding(t, self.channels, self.freq_shift)
+        emb = self.time_embed(embedded.to(precision))  # type: ignore[arg-type]
         h = x.to(precision)  # type: ignore[arg-type]
         number = 0
         pooled: list[Tensor] = []

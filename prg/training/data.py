@@ -1,18 +1,21 @@
 """Image sets on disk or on the hub, decoded once into arrays of the network's own size."""
 
 import hashlib
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from entry.config import ImageSpec
 from entry.images import ImageError, Limits, load_image
@@ -50,6 +53,8 @@ class Source:
     count: int
     classes: tuple[str, ...]
     fingerprint: str
+    labels: Callable[[], set[int]]
+    """The labels that occur; no image is read for it."""
 
 
 def splits(source: str) -> dict[str, Source]:
@@ -70,16 +75,20 @@ def splits(source: str) -> dict[str, Source]:
     return found
 
 
-def load_split(source: Source, spec: ImageSpec, cache: Path) -> Images:
+def load_split(
+    source: Source, spec: ImageSpec, cache: Path, skip_unreadable: bool = False, enlarge: bool = True
+) -> Images:
     """Decode a split by the service's own preprocessing, or read what an earlier call left in `cache`.
 
-    Raises DataError that lists files which are no images.
+    skip_unreadable: leave files out that are no images, and say which. enlarge: take images that are smaller
+    than the network's size (as serving does). Raises DataError that lists what is not taken.
     """
-    key = hashlib.sha256(f"{source.fingerprint}|{spec.model_dump_json()}".encode()).hexdigest()[:16]
+    kind = f"{source.fingerprint}|{spec.model_dump_json()}|{skip_unreadable}|{enlarge}"
+    key = hashlib.sha256(kind.encode()).hexdigest()[:16]
     pixels_path, labels_path = cache / f"{key}-pixels.npy", cache / f"{key}-labels.npy"
     if not labels_path.exists():  # written last, so its presence says that both are whole
         cache.mkdir(parents=True, exist_ok=True)
-        _decode(source, spec, pixels_path, labels_path)
+        _decode(source, spec, pixels_path, labels_path, skip_unreadable, enlarge)
     pixels = np.load(pixels_path, mmap_mode="r" if pixels_path.stat().st_size > 4 << 30 else None)
     labels = np.load(labels_path)
     return Images(pixels, labels if source.classes else None, source.classes)
@@ -110,38 +119,107 @@ def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images
     return Images(images.pixels, number[images.labels], trained)
 
 
-def _decode(source: Source, spec: ImageSpec, pixels_path: Path, labels_path: Path) -> None:
+def check_classes_were_seen(training: Images, held_back: Images, splits: dict[str, Source]) -> None:
+    """Raise DataError for a class that is only in images to be judged by: no head could ever name it.
+
+    splits: those besides the training images, by name.
+    """
+    assert training.labels is not None
+    assert held_back.labels is not None
+    seen = {training.classes[i] for i in np.unique(training.labels)}
+    lonely = {training.classes[i] for i in np.unique(held_back.labels)} - seen
+    if lonely:
+        raise DataError(
+            f"classes {', '.join(sorted(lonely))}: so few images that all of them are held back; "
+            "add images, or lower data.validation"
+        )
+    for name, source in splits.items():
+        numbered = all(c.isdecimal() for c in source.classes) and len(source.classes) == len(training.classes)
+        classes = training.classes if numbered else source.classes
+        unseen = {classes[i] for i in source.labels()} - seen if classes else set()
+        if unseen:
+            raise DataError(
+                f"split {name!r} has classes that training never saw: {', '.join(sorted(unseen))}; "
+                "add images of them to the training split, or remove them"
+            )
+
+
+def _decode(
+    source: Source, spec: ImageSpec, pixels_path: Path, labels_path: Path, skip: bool, enlarge: bool
+) -> None:
     def one(row: tuple[str, bytes, int]) -> tuple[np.ndarray | ImageError, str, int]:
         try:
-            return load_image(row[1], spec, LIMITS), row[0], row[2]
+            pixels = load_image(row[1], spec, LIMITS)
+            if not enlarge:
+                _check_size(row[1], spec.size)
         except ImageError as error:
             return error, row[0], row[2]
+        return pixels, row[0], row[2]
 
     temporary = pixels_path.with_name(pixels_path.name + ".tmp")
-    pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (source.count, 3, spec.size, spec.size))
-    labels = np.zeros(source.count, np.int64)
+    labels: list[int] = []
     bad: list[str] = []
+    small: list[str] = []
     rows = source.rows()
-    with ThreadPoolExecutor() as pool, track("decoding images", source.count) as bar:
-        done = 0
-        while batch := list(islice(rows, 512)):
-            for result, name, label in pool.map(one, batch):
-                if isinstance(result, ImageError):
-                    bad.append(f"{name}: {result}")
-                else:
-                    pixels[done], labels[done] = result, label
-                done += 1
-            bar.advance(len(batch))
-    if bad:
-        temporary.unlink()
-        shown = "\n  ".join(bad[:10]) + (f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise DataError(f"{len(bad)} of {source.count} files are no usable images; remove them:\n  {shown}")
-    pixels.flush()
-    del pixels
-    os.replace(temporary, pixels_path)
-    with labels_path.with_suffix(".tmp").open("wb") as file:
-        np.save(file, labels)
-    os.replace(labels_path.with_suffix(".tmp"), labels_path)
+    try:
+        # Written, not mapped: on a full disk a write is an error, but a mapped page is the process's end.
+        with (
+            temporary.open("wb") as file,
+            ThreadPoolExecutor() as pool,
+            track("decoding images", source.count) as bar,
+        ):
+            _write_header(file, source.count, spec.size)
+            while batch := list(islice(rows, 512)):
+                for result, name, label in pool.map(one, batch):
+                    if isinstance(result, _TooSmall):
+                        small.append(f"{name}: {result}")
+                    elif isinstance(result, ImageError):
+                        bad.append(f"{name}: {result}")
+                    else:
+                        file.write(result.tobytes())
+                        labels.append(label)
+                bar.advance(len(batch))
+            file.seek(0)
+            _write_header(file, len(labels), spec.size)
+        if bad and (not skip or not labels):
+            raise DataError(
+                f"{len(bad)} of {source.count} files are no usable images; remove them, "
+                f"or leave them out with --skip-unreadable:\n  {_shown(bad)}"
+            )
+        if small:
+            raise DataError(
+                f"{len(small)} of {source.count} images are smaller than the network's {spec.size} pixels; choose "
+                f"a recipe of their size, or enlarge them with --set data.enlarge=true:\n  {_shown(small)}"
+            )
+        if bad:
+            print(f"left out {len(bad)} of {source.count} files:\n  {_shown(bad)}", file=sys.stderr)
+        os.replace(temporary, pixels_path)
+        with labels_path.with_suffix(".tmp").open("wb") as file:
+            np.save(file, np.array(labels, np.int64))
+        os.replace(labels_path.with_suffix(".tmp"), labels_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        labels_path.with_suffix(".tmp").unlink(missing_ok=True)
+
+
+class _TooSmall(ImageError):
+    """An image that would have to be enlarged."""
+
+
+def _check_size(content: bytes, size: int) -> None:
+    with Image.open(io.BytesIO(content)) as picture:
+        if min(picture.size) < size:
+            raise _TooSmall(422, "Image too small", f"{picture.width} x {picture.height}")
+
+
+def _write_header(file: IO[bytes], count: int, size: int) -> None:
+    """A .npy's header; numpy leaves room in it for any count, so that it can be written again over itself."""
+    shape = (count, 3, size, size)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def _shown(lines: list[str]) -> str:
+    return "\n  ".join(lines[:10]) + (f"\n  … and {len(lines) - 10} more" if len(lines) > 10 else "")
 
 
 def _parquet_splits(files: list[Path]) -> dict[str, Source]:
@@ -174,7 +252,12 @@ def _parquet(files: list[Path]) -> Source:
         classes = tuple(str(i) for i in range(max(ids) + 1))
     count = sum(pq.ParquetFile(f).metadata.num_rows for f in files)
     marks = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return Source(rows, count, classes, json.dumps(marks))
+
+    def present() -> set[int]:
+        columns = [pq.read_table(f, columns=["label"])["label"] for f in files] if labelled else []
+        return {y for column in columns for y in column.unique().to_pylist()}
+
+    return Source(rows, count, classes, json.dumps(marks), present)
 
 
 def _image_folder(folder: Path) -> dict[str, Source]:
@@ -218,4 +301,4 @@ def _dataset(data: Any) -> Source:
             yield image["path"] or f"row {i}", content, row[label] if label else 0
 
     classes = tuple(data.features[label].names) if label else ()
-    return Source(rows, len(data), classes, data._fingerprint)
+    return Source(rows, len(data), classes, data._fingerprint, lambda: set(data[label] if label else ()))

@@ -24,10 +24,11 @@ def describe(recipe: Recipe, stage: str) -> str:
     encoder = Encoder(net, recipe.encoder)
     once, whole = flops(recipe, encoder)
     device = choose_device()
+    name = recipe.network if isinstance(recipe.network, str) else "of this shape"
     lines = [
         json.dumps(recipe_table(recipe), indent=2),
         "",
-        f"network {recipe.network}: {sum(p.numel() for p in net.parameters()):,} parameters, "
+        f"network {name}: {sum(p.numel() for p in net.parameters()):,} parameters, "
         f"{once / 1e9:.3f} GFLOP an evaluation",
         f"extraction: {recipe.encoder.nfe} evaluations, {whole / 1e9:.3f} GFLOP an image",
         f"device: {device_name(device)}",

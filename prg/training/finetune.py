@@ -31,6 +31,7 @@ def finetune(run: Run, init: Path | None = None) -> None:
 
     init: the checkpoint or entry to begin from; by default the run's own pretraining.
     """
+    run.check_trained_here(run.finetuned)
     images, held_back = run.training_images()
     job = finetuning_job(run, init or run.pretrained, images, held_back)
     if run.recipe.finetune.freeze:
@@ -47,6 +48,7 @@ def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> J
         raise DataError(
             f"{recipe.data.source}: no labels; fine-tuning needs one sub-folder of images a class"
         )
+    run.check_classes(images, held_back)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
     origin = load_initial(model.encoder.net, recipe, init)

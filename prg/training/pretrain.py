@@ -31,6 +31,7 @@ def pretrain(run: Run) -> None:
 def pretraining_job(run: Run) -> Job:
     """Everything that defines the pretraining of a run."""
     recipe = run.recipe
+    run.check_trained_here(run.pretrained)
     images, held_back = run.training_images()
     torch.manual_seed(recipe.seed)
     return Job(

@@ -56,6 +56,9 @@ def training_facts(about: str, facts: dict[str, Any]) -> dict[str, Any]:
         told["begun from"] = {k: facts["init"][k] for k in ("entry", "version", "sha256")}
     for kind, stage in stages.items():
         settings = stage["settings"]
+        if "imported" in settings:
+            told[kind] = {"imported": settings["imported"]}
+            continue
         told[kind] = {
             "images": settings["images"],
             "epochs": settings[kind]["epochs"],

@@ -8,9 +8,17 @@ from typing import Any
 import torch
 
 from entry.config import ImageSpec, write_atomically
-from prg.checkpoint import CheckpointError, differences
+from prg.checkpoint import CheckpointError, differences, read_facts
 from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table, with_defaults
-from prg.training.data import DataError, Images, Source, hold_out, load_split, splits
+from prg.training.data import (
+    DataError,
+    Images,
+    Source,
+    check_classes_were_seen,
+    hold_out,
+    load_split,
+    splits,
+)
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,12 @@ class Run:
     def settings(self, images: Images, *sections: str) -> dict[str, Any]:
         """What a stage's result depends on: those sections of the recipe, and the images by their number.
 
-        Where the images lie is left out: a folder may move, and a path is nobody else's business.
+        Where the images lie is left out: a folder may move, and a path is nobody else's business. So is which
+        of them would have been refused.
         """
         table = recipe_table(self.recipe)
-        del table["data"]["source"]
+        for key in ("source", "skip_unreadable", "enlarge"):
+            del table["data"][key]
         return {k: table[k] for k in ("seed", "network", "image", "data", *sections)} | {
             "images": len(images)
         }
@@ -62,6 +72,14 @@ class Run:
                 f"{path}: trained by another recipe than the run has now ({'; '.join(changed)})"
             )
 
+    def check_trained_here(self, path: Path) -> None:
+        """Raise CheckpointError where there is a checkpoint that was imported: it has no training to go on with."""
+        if path.is_file() and "imported" in read_facts(path)["settings"]:
+            raise CheckpointError(
+                f"{path}: was imported, so there is no training to continue; "
+                f"fine-tune in a new run: prg finetune NEW --recipe … --init {self.pretrained}"
+            )
+
     def training_images(self) -> tuple[Images, Images]:
         """(training, validation), the same whenever the recipe is."""
         data = self.recipe.data
@@ -70,7 +88,7 @@ class Run:
         found = splits(data.source)
         if data.train not in found:
             raise DataError(f"{data.source}: no split {data.train!r} (there are: {', '.join(found)})")
-        images = load_split(found[data.train], self.image_spec, self.folder / "data")
+        images = self._load(found[data.train])
         return hold_out(self._named(images), data.validation, self.recipe.seed)
 
     def test_images(self, wanted: str | None = None) -> tuple[str, Images]:
@@ -80,8 +98,21 @@ class Run:
         split = choose_split(found, wanted or data.test, data.source)
         if split is None:
             return f"{Path(data.source).name}/held-out", self.training_images()[1]
-        images = load_split(found[split], self.image_spec, self.folder / "data")
+        images = self._load(found[split])
         return f"{Path(data.source).name}/{split}", images
+
+    def check_classes(self, training: Images, held_back: Images) -> None:
+        """Raise DataError, before any work, for a class of the other splits that training never sees."""
+        data = self.recipe.data
+        others = (data.test, "test", "validation")
+        found = {k: replace(v, classes=data.labels or v.classes) for k, v in splits(data.source).items()}
+        check_classes_were_seen(
+            training, held_back, {k: v for k, v in found.items() if k in others and k != data.train}
+        )
+
+    def _load(self, source: Source) -> Images:
+        data = self.recipe.data
+        return load_split(source, self.image_spec, self.folder / "data", data.skip_unreadable, data.enlarge)
 
     def _named(self, images: Images) -> Images:
         """The images under the class names that the recipe gives, if it does."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from workshop import largest_file
 
 from prg.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_strictly, save_checkpoint
 
@@ -36,6 +37,15 @@ def test_an_interrupted_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(path, Checkpoint({"w": torch.zeros(1)}, FACTS))
+    assert load_checkpoint(path, "pretrain").tensors["w"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, Checkpoint({"w": torch.ones(1)}, FACTS))
+    with largest_file(4096), pytest.raises((CheckpointError, OSError)):
+        save_checkpoint(path, Checkpoint({"w": torch.zeros(10_000)}, FACTS))
     assert load_checkpoint(path, "pretrain").tensors["w"] == 1
     assert list(tmp_path.iterdir()) == [path]
 

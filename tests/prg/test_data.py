@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from workshop import CLASSES, image_folder
+from workshop import CLASSES, image_folder, largest_file, overrides
 
 from entry.config import ImageSpec
+from prg.cli import main
 from prg.training.data import DataError, Images, hold_out, load_split, same_classes, splits
 
 SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -63,7 +64,7 @@ def test_decoded_images_are_kept(tmp_path: Path) -> None:
 def test_bad_files_are_named_and_nothing_is_kept(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", each=2, splits=("train",))
     (folder / "train" / "red" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"1 of 7 files.*remove them:\n.*broken\.png"):
+    with pytest.raises(DataError, match=r"1 of 7 files.*remove them, .*:\n.*broken\.png"):
         load_split(splits(str(folder))["train"], SPEC, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -137,3 +138,47 @@ def test_cifar10_as_published() -> None:
     _, content, label = next(found["test"].rows())
     assert label == 3
     assert Image.open(io.BytesIO(content)).size == (32, 32)
+
+
+def test_unreadable_files_are_left_out_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(tmp_path / "images", each=3, splits=("train",))
+    (folder / "train" / "red" / "broken.png").write_bytes(b"no image")
+    source = splits(str(folder))["train"]
+    images = load_split(source, SPEC, tmp_path / "cache", skip_unreadable=True)
+    assert "left out 1 of 10 files" in capsys.readouterr().err
+    assert images.pixels.shape == (9, 3, 16, 16)
+    assert images.labels is not None
+    for pixels, label in zip(images.pixels, images.labels, strict=True):
+        assert images.classes[label] == ("red", "green", "blue")[pixels.mean((1, 2)).argmax()]
+    with pytest.raises(DataError, match="--skip-unreadable"):
+        load_split(source, SPEC, tmp_path / "cache")
+
+
+def test_images_smaller_than_the_network_are_named(tmp_path: Path) -> None:
+    source = splits(str(image_folder(tmp_path / "images", each=2, splits=("train",))))["train"]
+    larger = SPEC.model_copy(update={"size": 32, "resize": 32})
+    with pytest.raises(DataError, match=r"6 of 6 images are smaller than the network's 32 pixels.*enlarge"):
+        load_split(source, larger, tmp_path / "cache", enlarge=False)
+    assert len(load_split(source, larger, tmp_path / "cache")) == 6
+
+
+def test_a_disk_that_is_full_while_decoding_leaves_nothing(tmp_path: Path) -> None:
+    source = splits(str(image_folder(tmp_path / "images", each=20, splits=("train",))))["train"]
+    with largest_file(4096), pytest.raises(OSError, match="too large"):
+        load_split(source, SPEC, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_class_that_training_never_saw_is_named_before_fine_tuning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = image_folder(tmp_path / "photos", each=5)
+    (photos / "test" / "violet").mkdir()
+    (photos / "test" / "red" / "0.png").rename(photos / "test" / "violet" / "0.png")
+    command = ["--recipe", "images-32", "--data", str(photos), *overrides("pretrain.epochs=1")]
+    assert main(["pretrain", str(tmp_path / "run"), *command]) == 0
+    assert main(["finetune", str(tmp_path / "run")]) == 1
+    assert "split 'test' has classes that training never saw: violet" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "finetune").exists()

@@ -1,5 +1,8 @@
 """What the tests of training share: a small image folder and a recipe that trains in a second."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +40,14 @@ def image_folder(folder: Path, each: int = 20, splits: tuple[str, ...] = ("train
 def overrides(*more: str) -> list[str]:
     """--set flags for the settings above and `more`."""
     return [part for item in (*SETTINGS, *more) for part in ("--set", item)]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow past `size` bytes meanwhile: the kernel refuses the write, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

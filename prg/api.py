@@ -1,0 +1,120 @@
+"""The method from Python: a run, a checkpoint or an entry as an encoder with exact gradients."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from entry.config import ImageSpec, read_entry
+from entry.images import load_image
+from entry.runner import Runner
+from prg.checkpoint import CheckpointError, load_checkpoint, load_strictly, read_facts
+from prg.classifier import Classifier, HeadConfig
+from prg.encoder import Encoder, EncoderConfig
+from prg.recipe import Image
+from prg.unet import PRESETS, UNet, UNetConfig
+
+
+class Encoding(NamedTuple):
+    """Features of a batch, differentiable with respect to the images."""
+
+    state: Tensor
+    """x at t_end, pooled, [B, 768]."""
+    hidden: Tensor
+    """Activations of one further evaluation there, [B, D_h]."""
+    logits: Tensor | None
+    """[B, K]; None without a head."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model: `encoder` (and with a head `module`, the classifier) compute, eager or scripted."""
+
+    module: Any
+    encoder: Any
+    image: ImageSpec
+    labels: tuple[str, ...]
+
+    def images(self, files: Sequence[str | Path | bytes]) -> Tensor:
+        """Files or their bytes, preprocessed as they are when served, normalised: [B, 3, S, S]."""
+        read = [f if isinstance(f, bytes) else Path(f).read_bytes() for f in files]
+        return self.normalise(torch.from_numpy(np.stack([load_image(f, self.image) for f in read])))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> the network's units."""
+        mean, std = (
+            torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.image.mean, self.image.std)
+        )
+        return (pixels.float() / 255 - mean) / std
+
+    def encode(self, x: Tensor, t_end: float | Tensor) -> Encoding:
+        """Reverse x [B, 3, S, S] to t_end, a number or one an image [B]. The gradient is that of the solve."""
+        out = self.module(x, _levels(x, t_end))
+        return Encoding(out[0], out[1], out[2] if len(out) == 3 else None)
+
+    def trajectory(self, x: Tensor, levels: Sequence[float]) -> Tensor:
+        """Whole states at several levels, each by the model's own solve: [L, B, 3, S, S]."""
+        return torch.stack([self.encoder.reverse(x, _levels(x, level))[0] for level in levels])
+
+    def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """v(x, t), to integrate in one's own way: `prg.solver.integrate(model.velocity, x, 1.0, 0.5, steps=20)`."""
+        out: Tensor = self.encoder.solver.velocity(x, _levels(x, t))
+        return out
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
+    """A model from an entry's folder, a run's folder (fine-tuned if it is, else pretrained) or a checkpoint.
+
+    Raises CheckpointError, EntryError.
+    """
+    path = Path(path)
+    if (path / "config.pbtxt").is_file():
+        prg = read_entry(path).prg
+        runner = Runner(path)  # checks the file's sum
+        scripted: Any = torch.jit.load(str(path / runner.version / "model.pt"), map_location=device)
+        inner: Any = scripted.encoder if prg.labels is None else scripted.classifier
+        encoder = inner if prg.labels is None else inner.encoder
+        return Model(inner, encoder, prg.image, prg.labels or ())
+    if path.is_dir():
+        stages = [path / stage / "checkpoint.safetensors" for stage in ("finetune", "pretrain")]
+        found = [p for p in stages if p.is_file()]
+        if not found:
+            raise CheckpointError(f"{path}: neither an entry nor a run with a checkpoint")
+        path = found[0]
+    module, encoder, image, labels = _from_checkpoint(path)
+    return Model(module.to(device).eval(), encoder, image, labels)
+
+
+def _from_checkpoint(path: Path) -> tuple[nn.Module, Encoder, ImageSpec, tuple[str, ...]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint, run or entry")
+    facts = read_facts(path)
+    saved, settings = load_checkpoint(path, facts["kind"]), facts["settings"]
+    network = settings["network"]
+    shape: UNetConfig = PRESETS[network] if isinstance(network, str) else _typed(UNetConfig, network)
+    encoder = Encoder(UNet(shape), _typed(EncoderConfig, settings["encoder"]))
+    image: Image = _typed(Image, settings["image"])
+    spec = ImageSpec(size=image.size, resize=image.resize, preprocessing="v1", mean=image.mean, std=image.std)
+    if facts["kind"] == "pretrain":
+        load_strictly(encoder.net, saved.part("average"), path)
+        return encoder, encoder, spec, ()
+    classes = tuple(facts["classes"])
+    head = settings["finetune"]
+    model = Classifier(encoder, HeadConfig(len(classes), head["head_input"], head["head"]))
+    load_strictly(model, saved.part("average"), path)
+    return model, encoder, spec, classes
+
+
+def _levels(x: Tensor, t: float | Tensor) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+
+
+def _typed(kind: Any, table: dict[str, Any]) -> Any:
+    """A config from its plain JSON."""
+    return TypeAdapter(kind).validate_json(json.dumps(table))

@@ -1,0 +1,1 @@
+"""Importers: networks that others trained, as runs of ours."""

@@ -1,0 +1,100 @@
+"""What every import ends in: a run folder whose checkpoints the other commands take as their own."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entry.config import sha256
+from prg.checkpoint import Checkpoint, CheckpointError, load_strictly, save_checkpoint
+from prg.recipe import Recipe, recipe_table
+from prg.training.finetune import build_classifier
+from prg.training.run import Run
+from prg.unet import UNet
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A network under our parameter names and time convention, perhaps with a head."""
+
+    recipe: Recipe
+    source: Path
+    """The file of the weights."""
+    origin: dict[str, Any]
+    """What a reader of the entry should know of it, beside the file's name and sum."""
+    net: dict[str, Tensor]
+    head: dict[str, Tensor] | None = None
+    classes: tuple[str, ...] = ()
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote, if that is tensors and plain containers: no code of a pickle is ever run.
+
+    Raises CheckpointError.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{path}: not a file of tensors alone, so it is not loaded: unpickling anything else can run code "
+            f"({reason})"
+        ) from None
+    except Exception as error:  # a broken archive makes the reader raise nearly anything
+        raise CheckpointError(f"{path}: not readable as a file of torch.save ({error})") from None
+
+
+def write_run(folder: Path, imported: Imported) -> Run:
+    """Write the run. Its pretraining is the network; with a head, its fine-tuning is both.
+
+    Raises CheckpointError where the weights do not fit the recipe's network, or the folder holds a run.
+    """
+    recipe = imported.recipe
+    run = Run(folder, recipe)
+    for path in (folder / "recipe.json", run.pretrained, run.finetuned):
+        if path.exists():
+            raise CheckpointError(f"{folder}: holds a run already ({path.name}); name a new folder")
+    net = UNet(recipe.unet)
+    load_strictly(net, imported.net, imported.source)
+    pretrained = _facts(imported, "pretrain")
+    checkpoints = {
+        run.pretrained: Checkpoint({f"average.{k}": v for k, v in imported.net.items()}, pretrained)
+    }
+    if imported.head is not None:
+        model = build_classifier(recipe, len(imported.classes))
+        load_strictly(model.encoder.net, imported.net, imported.source)
+        load_strictly(model.head, imported.head, imported.source)
+        facts = _facts(imported, "finetune") | {
+            "classes": list(imported.classes),
+            "pretraining": pretrained,
+        }
+        checkpoints[run.finetuned] = Checkpoint(
+            {f"average.{k}": v for k, v in model.state_dict().items()}, facts
+        )
+    for path, checkpoint in checkpoints.items():
+        save_checkpoint(path, checkpoint)
+    run.remember()
+    return run
+
+
+def _facts(imported: Imported, kind: str) -> dict[str, Any]:
+    """The facts of a checkpoint that was not trained here: no step, no second, no image is known."""
+    table = recipe_table(imported.recipe)
+    del table["data"]["source"]
+    settings = {k: table[k] for k in ("seed", "network", "image", "data", "encoder", kind)}
+    origin = {"file": imported.source.name, "sha256": sha256(imported.source), **imported.origin}
+    return {
+        "kind": kind,
+        "settings": settings | {"imported": origin},
+        "step": 0,
+        "steps": 0,
+        "precision": "fp32",
+        "seconds": 0.0,
+        "torch": torch.__version__,
+        "device": "imported",
+    }

@@ -1,0 +1,80 @@
+"""The Python API: the same model from run, checkpoint and entry, with the gradient of the solve."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from workshop import image_folder, overrides
+
+from entry.runner import Runner
+from prg.api import load
+from prg.checkpoint import CheckpointError
+from prg.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and its entry."""
+    folder = tmp_path_factory.mktemp("home")
+    photos = image_folder(folder / "photos", each=6)
+    command = ["--recipe", "images-32", "--data", str(photos), *overrides("finetune.epochs=1")]
+    assert main(["pretrain", str(folder / "run"), *command]) == 0
+    assert main(["finetune", str(folder / "run")]) == 0
+    assert main(["export", str(folder / "run"), str(folder / "entry")]) == 0
+    return folder
+
+
+def test_run_checkpoint_and_entry_are_one_model(home: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), np.uint8)
+    served = Runner(home / "entry").run(pixels, np.full(2, 0.3, np.float32))
+    checkpoint = home / "run" / "finetune" / "checkpoint.safetensors"
+    for path in (home / "run", checkpoint, home / "entry"):
+        model = load(path)
+        x = model.normalise(torch.from_numpy(pixels))
+        with torch.no_grad():
+            found = model.encode(x, 0.3)
+            states = model.trajectory(x, [1.0, 0.3])
+        assert model.labels == ("blue", "green", "red")
+        for ours, theirs in zip(found, (served.state, served.hidden, served.logits), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        torch.testing.assert_close(states[0], x)
+        np.testing.assert_allclose(states[1].flatten(1), served.state, atol=1e-4)
+
+
+def test_a_pretrained_checkpoint_has_no_logits(home: Path) -> None:
+    model = load(home / "run" / "pretrain" / "checkpoint.safetensors")
+    assert model.encode(torch.zeros(1, 3, 16, 16), 0.5).logits is None
+    with pytest.raises(CheckpointError, match="neither an entry nor a run"):
+        load(home / "photos")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load(home / "none")
+
+
+def test_the_gradient_is_that_of_the_solve(home: Path) -> None:
+    model = load(home / "run")
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.encode(x, 0.2).state.sum(), x)
+    h = 0.5  # along one direction, by central differences
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    direction /= direction.norm()
+    with torch.no_grad():
+        ends = [model.encode(x + sign * h * direction, 0.2).state.double().sum() for sign in (1, -1)]
+    slope = ((ends[0] - ends[1]) / (2 * h)).item()
+    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=0.05, abs=0.05)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_repository").symlink_to(ROOT / "model_repository")
+    Image.new("RGB", (40, 32), "red").save("cat.png")
+    names: dict[str, torch.Tensor] = {}
+    exec(block, names)
+    assert names["states"].shape == (4, 1, 3, 32, 32)
+    assert names["gradient"].abs().sum() > 0
+    assert names["finer"].shape == (1, 3, 32, 32)
