@@ -294,18 +294,20 @@ def _write(report: "Report", arguments: argparse.Namespace, name: str, model: di
     """The answer into --out, with what it holds for; the paths written, one a line."""
     from prg.studies.report import conditions, write
 
-    command = [
-        "prg evaluate",
-        str(arguments.target if not arguments.target.is_absolute() else model["model"]),
-    ]
+    command = ["prg evaluate", _told(arguments.target)]
     command += ["--data", Path(arguments.data).name] if arguments.data else []
     for flag in ("split", "study", "stage", "limit", "judge"):
         value = getattr(arguments, flag)
-        command += [f"--{flag}", str(value)] if value else []
-    command += ["--out", str(arguments.out if not arguments.out.is_absolute() else arguments.out.name)]
+        command += [f"--{flag}", _told(value) if isinstance(value, Path) else str(value)] if value else []
+    command += ["--out", _told(arguments.out)]
     told = {"command": " ".join(command), **model, **report.conditions, **conditions()}
     for path in write(replace(report, conditions=told), arguments.out, name):
         print(path)
+
+
+def _told(path: Path) -> str:
+    """A path as others may type it: one from elsewhere on this machine by its name alone."""
+    return path.name if path.is_absolute() else str(path)
 
 
 def _model(name: str, result: "Evaluation") -> dict[str, str]:
