@@ -6,11 +6,18 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entry.config import EntryError, read_entry
 from prg.checkpoint import CheckpointError
 from prg.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from prg.studies.catalogue import STUDIES
+
+if TYPE_CHECKING:
+    from prg.studies.report import Report
+    from prg.training.evaluate import Evaluation
 
 EXAMPLE = """
 a whole run, on your own images (one sub-folder a class):
@@ -115,14 +122,31 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser(
         "evaluate",
-        help="measure top-1 and top-5",
-        description="Classify a test split with the exported module itself, on the preprocessing that is served.",
+        help="measure top-1, top-5 and calibration, or answer another question with --study",
+        description="Classify a test split with the exported module itself, on the preprocessing that is served; "
+        "or, with --study, answer one of these:\n"
+        + "\n".join(
+            f"  {name:11} {s.question} (of a run: its {s.stage}ed model; {s.limit} images)"
+            for name, s in STUDIES.items()
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("target", type=Path, help="a run folder, or an entry of a model repository")
     sub.add_argument("--data", help="images with labels; by default those of the run")
     sub.add_argument("--split", help="by default test, else validation, else (of a run) the images held back")
     sub.add_argument("--model-version", help="of an entry; by default the highest")
     sub.add_argument("--write", action="store_true", help="write the figures into the entry")
+    sub.add_argument("--out", type=Path, help="folder for JSON, Markdown table and figures")
+    sub.add_argument("--study", choices=STUDIES, help="needs --out")
+    sub.add_argument("--limit", type=int, help="at most so many images")
+    sub.add_argument(
+        "--stage", choices=("pretrain", "finetune"), help="of a run, for a study: which of its models"
+    )
+    sub.add_argument(
+        "--judge",
+        type=Path,
+        help="entry in whose HIDDEN generated images are compared; by default the target",
+    )
     sub.set_defaults(command=_evaluate)
 
     sub = commands.add_parser(
@@ -250,6 +274,10 @@ def _dry_run(arguments: argparse.Namespace, stage: str) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.study:
+        _study(arguments)
+        return
+    from prg.studies.subject import some
     from prg.training.data import load_split, splits
     from prg.training.evaluate import evaluate, record
     from prg.training.publish import publish
@@ -277,10 +305,67 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 raise EntryError(f"{source}: no split test or validation; name one with --split")
             name = f"{Path(source).name}/{split}"
             images = load_split(found[split], spec, Path(temporary))
+        if arguments.write and arguments.limit:
+            raise EntryError("--write goes without --limit: an entry's figures are of the whole split")
+        images = some(images, arguments.limit)
         result = evaluate(entry, images, name, arguments.model_version)
     if arguments.write:
         record(target, result)
-    _print(result.accuracy.model_dump(), result.entry.prg.labels or (), result.confusion.tolist())
+    if arguments.out:
+        from prg.studies.accuracy import accuracy
+
+        _write(accuracy(result), arguments, "accuracy", _model(target.resolve().name, result))
+    figures = result.accuracy.model_dump() | {"ece": result.calibration.ece, "nll": result.calibration.nll}
+    _print(figures, result.entry.prg.labels or (), result.confusion.tolist())
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from prg.studies.target import open_target
+
+    study = STUDIES[arguments.study]
+    if not arguments.out:
+        raise EntryError(f"--study {arguments.study}: say with --out which folder the answer goes to")
+    if arguments.write:
+        raise EntryError(f"--study {arguments.study}: --write is for accuracy alone")
+    data = _source(arguments.data) if arguments.data else None
+    with tempfile.TemporaryDirectory() as scratch:
+        subject, material = open_target(
+            arguments.target,
+            arguments.stage or study.stage,
+            Path(scratch),
+            data,
+            arguments.split,
+            arguments.model_version,
+            arguments.judge,
+        )
+        report = study.run(subject, material, arguments.limit or study.limit)
+    fingerprint = subject.entry.fingerprint(subject.version)
+    model = {"model": subject.name, "fingerprint": fingerprint, "data": material.source}
+    _write(report, arguments, arguments.study, model)
+
+
+def _write(report: "Report", arguments: argparse.Namespace, name: str, model: dict[str, str]) -> None:
+    """The answer into --out, with what it holds for; the paths written, one a line."""
+    from prg.studies.report import conditions, write
+
+    command = ["prg evaluate", _told(arguments.target)]
+    command += ["--data", Path(arguments.data).name] if arguments.data else []
+    for flag in ("split", "study", "stage", "limit", "judge"):
+        value = getattr(arguments, flag)
+        command += [f"--{flag}", _told(value) if isinstance(value, Path) else str(value)] if value else []
+    command += ["--out", _told(arguments.out)]
+    told = {"command": " ".join(command), **model, **report.conditions, **conditions()}
+    for path in write(replace(report, conditions=told), arguments.out, name):
+        print(path)
+
+
+def _told(path: Path) -> str:
+    """A path as others may type it: one from elsewhere on this machine by its name alone."""
+    return path.name if path.is_absolute() else str(path)
+
+
+def _model(name: str, result: "Evaluation") -> dict[str, str]:
+    return {"model": name, "fingerprint": result.entry.fingerprint(result.version)}
 
 
 def _data_override(data: str | None) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from entry.config import Accuracy, Entry, EntryError, read_entry, write_entry
 from entry.runner import Runner
 from prg.export import write_card
+from prg.training.calibration import Calibration, calibration
 from prg.training.data import Images, same_classes
 from prg.training.progress import track
 
@@ -22,6 +23,7 @@ class Evaluation:
     version: str
     accuracy: Accuracy
     confusion: np.ndarray  # [K, K] counts, rows the true class
+    calibration: Calibration
 
 
 def evaluate(directory: Path, images: Images, name: str, version: str | None = None) -> Evaluation:
@@ -47,7 +49,7 @@ def evaluate(directory: Path, images: Images, name: str, version: str | None = N
         top1=round(float((top5[:, 0] == images.labels).mean()), 6),
         top5=round(float((top5 == images.labels[:, None]).any(1).mean()), 6),
     )
-    return Evaluation(runner.entry, runner.version, accuracy, confusion)
+    return Evaluation(runner.entry, runner.version, accuracy, confusion, calibration(logits, images.labels))
 
 
 def classify(runner: Runner, images: Images, t_end: float) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Studies of a trained model: one question a module, each answered by one command."""

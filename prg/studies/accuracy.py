@@ -1,0 +1,70 @@
+"""Accuracy: top-1, top-5, calibration and the confusion matrix as a study's answer."""
+
+from typing import Any
+
+from prg.studies.report import Cell, Draw, Report, draw_axes
+from prg.training.calibration import BINS
+from prg.training.evaluate import Evaluation
+
+
+def accuracy(evaluation: Evaluation) -> Report:
+    """One evaluation as JSON, table and figure."""
+    figures, calibrated = evaluation.accuracy, evaluation.calibration
+    labels = evaluation.entry.prg.labels or ()
+    rows: list[tuple[Cell, ...]] = [
+        ("top-1", figures.top1),
+        ("top-5", figures.top5),
+        (f"expected calibration error, {BINS} bins", calibrated.ece),
+        ("negative log-likelihood, nats", calibrated.nll),
+    ]
+    for i, label in enumerate(labels):
+        count = int(evaluation.confusion[i].sum())
+        rows.append((f"top-1 of {label}", int(evaluation.confusion[i, i]) / count if count else None))
+    return Report(
+        title="Accuracy",
+        about=f"The exported module on {figures.data}, with the preprocessing that is served. The figure shows "
+        "which class is taken for which (rows the true one), and how often the model is right where it is so sure.",
+        columns=("what", "value"),
+        rows=rows,
+        figures={"": _drawing(evaluation)},
+        facts={
+            "confusion": evaluation.confusion.tolist(),
+            "labels": list(labels),
+            "bins": {
+                "confidence": calibrated.confidence,
+                "accuracy": calibrated.accuracy,
+                "images": calibrated.counts,
+            },
+        },
+        conditions={"data": figures.data, "images": figures.images},
+    )
+
+
+def _drawing(evaluation: Evaluation) -> Draw:
+    labels = evaluation.entry.prg.labels or ()
+    share = evaluation.confusion / evaluation.confusion.sum(1, keepdims=True).clip(1)
+
+    def paint(axes: Any) -> None:
+        axes[0].imshow(share, cmap="Blues", vmin=0, vmax=1)
+        if len(labels) <= 20:
+            places = range(len(labels))
+            axes[0].set_xticks(places, labels, rotation=60, ha="right", fontsize=8)
+            axes[0].set_yticks(places, labels, fontsize=8)
+            for i, row in enumerate(share):
+                for j, value in enumerate(row):
+                    colour = "white" if value > 0.5 else "black"
+                    axes[0].text(
+                        j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour
+                    )
+        axes[0].set_xlabel("answered")
+        axes[0].set_ylabel("true")
+        found = evaluation.calibration
+        full = [i for i, n in enumerate(found.counts) if n]
+        axes[1].plot([0, 1], [0, 1], ":", color="grey")
+        axes[1].plot([found.confidence[i] for i in full], [found.accuracy[i] for i in full], "o-")
+        axes[1].set_xlabel("confidence")
+        axes[1].set_ylabel("accuracy")
+        axes[1].set_title(f"ECE {found.ece:.3f}")
+        axes[1].grid(alpha=0.3)
+
+    return draw_axes(paint, panels=2)

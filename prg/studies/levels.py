@@ -1,0 +1,69 @@
+"""Levels: how much a linear probe and nearest neighbours read from STATE and HIDDEN, over t_end and steps."""
+
+from typing import Any
+
+import numpy as np
+
+from prg.studies.probes import NEIGHBOURS, linear_probe, nearest_neighbours, top1
+from prg.studies.report import Cell, Report, draw_axes
+from prg.studies.subject import Material, Solve, Subject, some
+from prg.training.data import DataError, same_classes
+
+LEVELS = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
+STEPS = (1, 2, 4)
+COLUMNS = ("t_end", "steps", "feature", "linear probe", "k-NN")
+
+
+def levels(subject: Subject, material: Material, limit: int | None) -> Report:
+    """Probes fitted on `limit` training images, judged on a quarter as many of those held back."""
+    training, held = material.training()
+    if training.labels is None:
+        raise DataError(f"{material.source}: no labels; this study needs them")
+    training = some(training, limit)
+    held = some(held, max(1, len(training) // 4))
+    held = same_classes(held, training.classes, material.source)
+    assert training.labels is not None
+    assert held.labels is not None
+    classes = len(training.classes)
+    rows: list[tuple[Cell, ...]] = []
+    for level in LEVELS:
+        for steps in STEPS if level < subject.t_start else STEPS[:1]:
+            solve = Solve(subject.prg.solver, steps)
+            fitted = subject.features(training, level, solve)
+            judged = subject.features(held, level, solve)
+            for name in ("state", "hidden"):
+                a: np.ndarray = getattr(fitted, name)
+                b: np.ndarray = getattr(judged, name)
+                probe = top1(linear_probe(a, training.labels, classes).logits(b), held.labels)
+                votes = top1(nearest_neighbours(a, training.labels, b, classes), held.labels)
+                rows.append((level, steps if level < subject.t_start else 0, name, probe, votes))
+    return Report(
+        title="Levels: what the features tell about the class",
+        about="Accuracy of a linear probe (logistic regression by LBFGS, its penalty chosen on a part of its own "
+        f"training features) and of {NEIGHBOURS} nearest neighbours by cosine of the centred features, for the "
+        "state at t_end and the activations there. Probes are fitted on images of the training split and judged "
+        "on images held back from it; the test split is not read. t_end = 1 is the image itself, without a solve.",
+        columns=COLUMNS,
+        rows=rows,
+        figures={"": draw_axes(lambda axes: _paint(axes, rows), panels=2)},
+        conditions={"images_fitted": len(training), "images_judged": len(held)},
+    )
+
+
+def _paint(axes: Any, rows: list[tuple[Cell, ...]]) -> None:
+    for axis, place in zip(axes, (3, 4), strict=True):
+        for feature, line in (("hidden", "-"), ("state", "--")):
+            for i, steps in enumerate(STEPS):
+                points = [(r[0], r[place]) for r in rows if r[2] == feature and r[1] in (0, steps)]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    line,
+                    marker=".",
+                    color=f"C{i}",
+                    label=f"{feature}, {steps} steps",
+                )
+        axis.invert_xaxis()
+        axis.set_xlabel("t_end (1: the image, 0: noise)")
+        axis.set_ylabel(f"accuracy, {COLUMNS[place]}")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)

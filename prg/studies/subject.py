@@ -1,0 +1,141 @@
+"""What is studied: an entry's own module, opened up to its velocity field and its head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entry.config import EntryError, check_weights, read_entry
+from prg.encoder import pooled_state
+from prg.paths import PATHS
+from prg.solver import TABLEAUS, integrate
+from prg.training.augmentation import normalise
+from prg.training.data import Images
+from prg.training.progress import track
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One way to go along the flow."""
+
+    solver: str
+    steps: int
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of the solve alone."""
+        return self.steps * TABLEAUS[self.solver].stages
+
+    def __str__(self) -> str:
+        return f"{self.solver}, {self.steps} step{'s' if self.steps > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of many images, float32 rows; logits None where the module has no head."""
+
+    state: np.ndarray  # [N, 768]
+    hidden: np.ndarray  # [N, D_h]
+    logits: np.ndarray | None  # [N, K]
+
+
+class Subject:
+    """One version of an entry. Its scripted parts are called by themselves, so any solver can go any way.
+
+    Raises EntryError where the entry is not usable.
+    """
+
+    def __init__(self, directory: Path, version: str | None = None, name: str | None = None) -> None:
+        entry = read_entry(directory)
+        self.version = version or entry.default_version
+        if self.version not in entry.prg.versions:
+            raise EntryError(
+                f"{directory}: no version {self.version!r} (there are: {', '.join(entry.prg.versions)})"
+            )
+        path = check_weights(directory, entry, self.version)
+        self.name = name or entry.name
+        self.entry, self.prg = entry, entry.prg
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        module: Any = torch.jit.load(str(path), map_location=self.device).eval()
+        try:
+            self._classifier: Any | None = module.classifier if entry.prg.labels else None
+            self._encoder: Any = (self._classifier or module).encoder
+            self._field: Any = self._encoder.solver.velocity
+        except AttributeError as error:
+            raise EntryError(f"{path}: not a module that `prg export` writes ({error})") from None
+
+    @property
+    def own(self) -> Solve:
+        """The entry's own solve."""
+        return Solve(self.prg.solver, self.prg.steps)
+
+    @property
+    def t_start(self) -> float:
+        """Where a reverse solve begins."""
+        return PATHS[self.prg.path].t_start
+
+    @property
+    def classify_t_end(self) -> float:
+        """The level the head was trained at. Raises EntryError for an entry without head."""
+        if self.prg.classify_t_end is None:
+            raise EntryError(f"{self.name}: has no head; this study needs a fine-tuned model")
+        return self.prg.classify_t_end[0]
+
+    def latents(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [B, 3, S, S] -> the network's own units."""
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
+        return normalise(tensor, self.prg.image.mean, self.prg.image.std)
+
+    def flow(self, x: Tensor, t_from: float, t_to: float, solve: Solve) -> Tensor:
+        """x at t_from -> the state at t_to; times past the path's t_start are taken as t_start."""
+        start, end = min(t_from, self.t_start), min(t_to, self.t_start)
+        if start == end:
+            return x
+        with torch.inference_mode():
+            return integrate(self._field, x, start, end, solve.steps, solve.solver, save_memory=False)
+
+    def features(self, images: Images, t_end: float, solve: Solve) -> Features:
+        """Both features (and logits) of all images, reversed to t_end by `solve`."""
+        parts: list[tuple[np.ndarray, ...]] = []
+        with track(f"{self.name} at {t_end:g}, {solve}", len(images)) as bar, torch.inference_mode():
+            for start in range(0, len(images), BATCH):
+                x = self.latents(images.pixels[start : start + BATCH])
+                z = self.flow(x, 1.0, t_end, solve)
+                t = torch.full((len(x),), min(t_end, self.t_start), device=self.device)
+                state = pooled_state(z)
+                hidden = self._field.activations(z, t, self._encoder.blocks)
+                outputs = [state, hidden]
+                if self._classifier is not None:
+                    inputs = {"state": [state], "hidden": [hidden], "both": [state, hidden]}
+                    outputs.append(self._classifier.head(torch.cat(inputs[self._classifier.input], 1)))
+                parts.append(tuple(o.float().cpu().numpy() for o in outputs))
+                bar.advance(len(x))
+        whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return Features(whole[0], whole[1], whole[2] if len(whole) > 2 else None)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a study may use. Whatever is chosen by looking is chosen on `training`, never on `test`."""
+
+    source: str
+    training: Callable[[], tuple[Images, Images]]
+    """(trained on, held back from training)."""
+    test: Callable[[], tuple[str, Images]]
+    """(name, images to be judged by)."""
+    judge: Subject
+    """Whose features generated images are compared in."""
+
+
+def some(images: Images, limit: int | None, seed: int = 0) -> Images:
+    """At most `limit` of the images, drawn at random, the same for the same seed."""
+    if limit is None or limit >= len(images):
+        return images
+    index = np.random.default_rng([seed, 0xF0]).permutation(len(images))[:limit]
+    return images.subset(np.sort(index))

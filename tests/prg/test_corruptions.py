@@ -1,0 +1,72 @@
+"""Corruptions: deterministic, of the picture's own shape, and worse the higher the severity."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from prg.studies.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """Smooth colourful pictures with edges and a little texture, uint8 [24, 3, 32, 32]."""
+    rng = np.random.default_rng(0)
+    line = np.linspace(0, 1, 32)
+    out = []
+    for _ in range(24):
+        fx, fy, phase = rng.uniform(1, 7, 3), rng.uniform(1, 7, 3), rng.uniform(0, 6, 3)
+        wave = np.sin(fx[:, None, None] * line + fy[:, None, None] * line[:, None] + phase[:, None, None])
+        x = 0.45 + 0.25 * wave + rng.normal(0, 0.02, (3, 32, 32))
+        x[:, 8:20, rng.integers(4, 10) : rng.integers(16, 28)] = rng.uniform(0.1, 0.9, 3)[:, None, None]
+        out.append((x.clip(0, 1) * 255).astype(np.uint8))
+    return np.stack(out)
+
+
+ORDERED: dict[str, tuple[tuple[int, ...], ...]] = {
+    "saturate": ((1, 2), (3, 4, 5)),  # less colour, then more
+    "spatter": ((1, 2, 3), (4, 5)),  # water, then mud
+    "elastic_transform": (),  # trades bending for moving
+    "glass_blur": ((1, 4), (2, 4), (3, 5)),  # one round, then two
+    "motion_blur": ((1, 2, 3), (4, 5)),  # a longer line, then a longer one again
+    "pixelate": (
+        (1, 2, 4, 5),
+        (1, 3, 5),
+    ),  # 28 and 27 boxes a side: which is worse depends on where edges lie
+}
+"""Severities of growing distance, where that is not all of them."""
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_higher_severity_is_farther_from_the_clean_picture(name: str, pictures: np.ndarray) -> None:
+    distance = {}
+    for severity in SEVERITIES:
+        bad = corrupted(pictures, name, severity)
+        assert bad.shape == pictures.shape
+        assert bad.dtype == np.uint8
+        distance[severity] = float(np.abs(bad.astype(float) - pictures).mean())
+    assert min(distance.values()) > 0.3
+    for row in ORDERED.get(name, (SEVERITIES,)):
+        assert all(distance[a] < distance[b] for a, b in pairwise(row)), distance
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_each_image_is_corrupted_by_itself(name: str, pictures: np.ndarray) -> None:
+    together = corrupted(pictures[:6], name, 3)
+    assert np.array_equal(together, corrupted(pictures[:6], name, 3))
+    assert np.array_equal(together[4:], corrupted(pictures[4:6], name, 3, first=4))
+
+
+def test_the_clean_picture_is_not_a_severity(pictures: np.ndarray) -> None:
+    for severity in (0, 6):
+        with pytest.raises(ValueError, match="from 1 to 5"):
+            corrupted(pictures, "fog", severity)
+    with pytest.raises(ValueError, match="unknown corruption 'frost'"):
+        corrupted(pictures, "frost", 1)
+
+
+def test_grey_pictures_stay_grey_under_changes_of_colour() -> None:
+    grey = np.repeat(np.random.default_rng(1).integers(0, 200, (2, 1, 32, 32), np.uint8), 3, axis=1)
+    for name in ("brightness", "contrast", "fog", "gaussian_blur"):
+        bad = corrupted(grey, name, 3).astype(int)
+        assert np.abs(bad - bad[:, :1]).max() <= 1
