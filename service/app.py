@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 from starlette.middleware.cors import CORSMiddleware
 
-from service import errors
+from service import documented, errors
 from service.auth import Keys, new_key
 from service.engines.embedded import EmbeddedEngine
 from service.engines.triton import TritonEngine
@@ -61,11 +61,14 @@ def create_app(settings: Settings) -> FastAPI:
         inference.close()
         await fetcher.close()
 
-    app = FastAPI(title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.keys = keys
     errors.install(app)
     for module in (embed, classify, openai, models, operations, pages):
         app.include_router(module.router)
+    documented.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(

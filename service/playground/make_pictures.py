@@ -44,7 +44,8 @@ def as_image(values: np.ndarray) -> Image.Image:
 def colour(random: np.random.Generator) -> np.ndarray:
     """A muted colour, as most of a photo is."""
     grey = random.uniform(40, 215)
-    return np.clip(grey + random.normal(0, 38, 3), 0, 255)
+    muted: np.ndarray = np.clip(grey + random.normal(0, 38, 3), 0, 255)
+    return muted
 
 
 def cloud(random: np.random.Generator, slope: float) -> np.ndarray:
@@ -54,7 +55,8 @@ def cloud(random: np.random.Generator, slope: float) -> np.ndarray:
     spectrum = np.fft.fft2(random.normal(size=(SAMPLE_PX, SAMPLE_PX))) / frequency**slope
     spectrum[0, 0] = 0
     field = np.fft.ifft2(spectrum).real
-    return (field - field.min()) / np.ptp(field)
+    scaled: np.ndarray = (field - field.min()) / np.ptp(field)
+    return scaled
 
 
 def clouds(random: np.random.Generator) -> Image.Image:
@@ -173,7 +175,8 @@ def airplane() -> Image.Image:
     """An airliner in a blue sky."""
     picture = gradient((70, 130, 200), (190, 220, 240))
     pen = Pen(picture)
-    for x, y, r in ((0.1, 0.85, 0.12), (0.25, 0.9, 0.16), (0.42, 0.93, 0.12), (0.86, 0.22, 0.08), (0.95, 0.25, 0.1)):
+    puffs = ((0.1, 0.85, 0.12), (0.25, 0.9, 0.16), (0.42, 0.93, 0.12), (0.86, 0.22, 0.08), (0.95, 0.25, 0.1))
+    for x, y, r in puffs:
         pen.oval((240, 244, 248), x, y, r, r * 0.55)
     picture = soft(picture, 9)
     pen = Pen(picture)

@@ -33,8 +33,8 @@ export class Similarity extends Panel {
 
   clear() {
     this.columns.hidden = true;
-    this.number.textContent = "–";
-    this.what.textContent = "";
+    this.number.textContent = "";
+    this.what.textContent = this.first && this.second ? "" : "Choose two pictures to compare.";
     this.done.replaceChildren();
   }
 

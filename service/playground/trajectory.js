@@ -29,7 +29,7 @@ export class Trajectory extends Panel {
     const one = model.steps === 1;
     $("trajectory-note").textContent =
       `The features are read at ${model.t_end}. Pictures are the state averaged to ${SIDE} × ${SIDE}; what is beyond black or white is cut off unless you fit the range.` +
-      (one ? " This model goes the whole way in one straight step: what it would remove is amplified, rather than broken up into noise." : "");
+      (one ? " This model goes the whole way in one straight step, so its states keep the outline and grow in colour instead of turning into noise." : "");
   }
 
   clear() {
