@@ -46,10 +46,18 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         raise
 
 
-def load_checkpoint(path: Path, kind: str, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint of that kind. Raises CheckpointError if it is missing, unreadable or of another kind."""
+def load_checkpoint(
+    path: Path, kind: str | tuple[str, ...], device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Read a checkpoint of that kind, or one of them.
+
+    Raises CheckpointError if it is missing, unreadable or of another kind.
+    """
+    kinds = (kind,) if isinstance(kind, str) else kind
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; make it with `prg {kind}`, or name another one")
+        raise CheckpointError(
+            f"{path}: no such checkpoint; make it with `prg {kinds[0]}`, or name another one"
+        )
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = file.metadata() or {}
@@ -61,9 +69,10 @@ def load_checkpoint(path: Path, kind: str, device: str | torch.device = "cpu") -
     if header.get("format") != FORMAT or "prg" not in header:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint written by prg")
     facts = json.loads(header["prg"])
-    if facts["kind"] != kind:
+    if facts["kind"] not in kinds:
+        needed = " or ".join(f"`prg {k}`" for k in kinds)
         raise CheckpointError(
-            f"{path}: a checkpoint of `prg {facts['kind']}`, where one of `prg {kind}` is needed"
+            f"{path}: a checkpoint of `prg {facts['kind']}`, where one of {needed} is needed"
         )
     return Checkpoint(tensors, facts)
 

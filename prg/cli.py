@@ -20,6 +20,7 @@ a whole run, on your own images (one sub-folder a class):
   prg export   runs/mine model_repository/mine
   prg-serve
 """
+FREEZE = ["finetune.freeze=true", "finetune.head=linear", "finetune.head_input=hidden"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +91,18 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "finetune":
             sub.add_argument(
-                "--init", type=Path, help="pretraining checkpoint to begin from; by default the run's own"
+                "--init",
+                type=Path,
+                help="what to begin from: a checkpoint of `prg pretrain` or `prg finetune`, or an entry's folder; "
+                "by default the run's own pretraining",
+            )
+            sub.add_argument(
+                "--freeze",
+                action="store_const",
+                const=FREEZE,
+                default=[],
+                help="keep the encoder and fit a linear head on its hidden features, in minutes: for few labels "
+                f"(short for {' '.join(f'--set {item}' for item in FREEZE)}, which --set overrides)",
             )
         sub.set_defaults(command=command)
 
@@ -148,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that the flags describe, None if they leave it to the run."""
-    overrides = list(arguments.set)
+    overrides = [*getattr(arguments, "freeze", []), *arguments.set]
     if arguments.data:
         overrides.append(f"data.source={json.dumps(_source(arguments.data))}")
     own = arguments.run / "recipe.json"
