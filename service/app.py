@@ -11,11 +11,10 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
 from prometheus_client import disable_created_metrics
 from starlette.middleware.cors import CORSMiddleware
 
-from service import errors
+from service import documented, errors
 from service.auth import Keys, new_key
 from service.engines.embedded import EmbeddedEngine
 from service.engines.triton import TritonEngine
@@ -24,7 +23,7 @@ from service.gateway import Gateway, default_model
 from service.inference import Engine, Inference
 from service.limits import BodyLimit
 from service.readiness import Readiness
-from service.routes import classify, embed, models, openai, operations
+from service.routes import classify, embed, models, openai, operations, pages
 from service.settings import Settings, SettingsError, load_settings
 from service.telemetry import Metrics, Telemetry, configure_logs, log
 
@@ -62,12 +61,14 @@ def create_app(settings: Settings) -> FastAPI:
         inference.close()
         await fetcher.close()
 
-    app = FastAPI(title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.keys = keys
     errors.install(app)
-    for module in (embed, classify, openai, models, operations):
+    for module in (embed, classify, openai, models, operations, pages):
         app.include_router(module.router)
-    app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
+    documented.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(

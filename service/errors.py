@@ -38,6 +38,10 @@ class Problem(Exception):
         content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         return Response(content, self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
+    def at(self, path: str) -> Response:
+        """The response in the shape that the route at that path answers errors in."""
+        return self.openai() if path.startswith("/v1/") else self.response()
+
     def openai(self) -> Response:
         """The same error as OpenAI's clients know it; 400 for anything wrong in the input."""
         unknown = self.title == "Unknown model"
@@ -76,7 +80,7 @@ def install(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
-        return error.openai() if request.url.path.startswith("/v1/") else error.response()
+        return error.at(request.url.path)
 
     async def translate(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -1,6 +1,6 @@
 """What a request may say and what an answer holds; the OpenAPI page is made of these."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -58,6 +58,21 @@ class ProblemBody(BaseModel):
     title: str
     status: int
     detail: str
+
+
+class OpenAIError(BaseModel):
+    """What OpenAI's clients read of an error."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = None
+    code: str
+
+
+class OpenAIProblem(BaseModel):
+    """An error of /v1, in OpenAI's shape."""
+
+    error: OpenAIError
 
 
 class Usage(BaseModel):
@@ -160,21 +175,3 @@ class Health(BaseModel):
     """A good state; a bad one is a problem."""
 
     status: Literal["live", "ready"]
-
-
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": {"application/problem+json": {"schema": ProblemBody.model_json_schema()}},
-    }
-    for status, text in {
-        401: "no key, or an unknown one",
-        403: "the key lacks the scope",
-        413: "the request's body is too large",
-        415: "the body's content type is not accepted",
-        422: "no image, too many, a wrong option, or no image that could be used",
-        429: "the key's own rate limit; see Retry-After",
-        503: "overload or a failing engine; see Retry-After",
-        504: "not done by the deadline",
-    }.items()
-}

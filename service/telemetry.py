@@ -127,7 +127,7 @@ class Telemetry:
             except Exception:
                 log.exception("bug", path=scope["path"])
                 if status == CLIENT_CLOSED:  # no answer has begun
-                    await internal().response()(scope, receive, tagged)
+                    await internal().at(scope["path"])(scope, receive, tagged)
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.answered(route, status, seconds)

@@ -1,23 +1,14 @@
-"""What both POST routes share: the items of an answer, and how they are documented."""
+"""What both POST routes share: the items of an answer."""
 
 from collections.abc import Callable
 from typing import Any
 
 import orjson
 from fastapi import Request, Response
-from pydantic import BaseModel
 
 from service.errors import Problem, item_error
 from service.gateway import Gateway
 from service.inference import Results
-
-ITEMS = {
-    "inputs": {
-        "type": "array",
-        "items": {"type": "object", "required": ["b64"], "properties": {"b64": {"type": "string"}}},
-    }
-}
-FILES = {"files": {"type": "array", "items": {"type": "string", "format": "binary"}}}
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -51,28 +42,3 @@ def _body(facts: dict[str, Any], results: Results, item: Callable[[int], dict[st
         for i in range(count)
     ]
     return facts | {"data": data, "usage": {"images": count, "failed": len(results.errors)}}
-
-
-def documented(options: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI of a POST route: its options in the query, and the three forms of a body."""
-    properties = options.model_json_schema()["properties"]
-    for schema in properties.values():
-        schema.pop("title", None)
-
-    def form(images: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "object", "required": list(images), "properties": images | properties}
-
-    return {
-        "parameters": [
-            {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
-            for name, schema in properties.items()
-        ],
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": form(FILES)},
-                "application/json": {"schema": form(ITEMS)},
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            },
-        },
-    }

@@ -6,12 +6,13 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
 from service.auth import Key, needs
+from service.documented import CLASSIFY_ANSWERS, POSTED, posted, problems
 from service.errors import Problem
 from service.gateway import near
 from service.intake import parse_options, read_request
 from service.limits import deadline
-from service.routes.answers import answer, documented, gateway_of
-from service.schemas import PROBLEMS, ClassifyAnswer, ClassifyOptions
+from service.routes.answers import answer, gateway_of
+from service.schemas import ClassifyAnswer, ClassifyOptions
 
 router = APIRouter()
 
@@ -20,8 +21,8 @@ router = APIRouter()
     "/classify",
     summary="Classes of images",
     response_model=ClassifyAnswer,
-    responses=PROBLEMS,
-    openapi_extra=documented(ClassifyOptions),
+    responses=CLASSIFY_ANSWERS | problems(*POSTED),
+    openapi_extra=posted(ClassifyOptions, {"t_end": 0.8, "top_k": 2}),
 )
 async def classify(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:
     """The most probable classes of each image."""

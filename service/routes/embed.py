@@ -8,10 +8,11 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
 from service.auth import Key, needs
+from service.documented import EMBED_ANSWERS, POSTED, posted, problems
 from service.intake import parse_options, read_request
 from service.limits import deadline
-from service.routes.answers import answer, documented, failed, gateway_of
-from service.schemas import PROBLEMS, EmbedAnswer, EmbedOptions
+from service.routes.answers import answer, failed, gateway_of
+from service.schemas import EmbedAnswer, EmbedOptions
 
 router = APIRouter()
 NPY = "application/x-npy"
@@ -21,8 +22,8 @@ NPY = "application/x-npy"
     "/embed",
     summary="Embeddings of images",
     response_model=EmbedAnswer,
-    responses=PROBLEMS,
-    openapi_extra=documented(EmbedOptions),
+    responses=EMBED_ANSWERS | problems(*POSTED),
+    openapi_extra=posted(EmbedOptions, {"t_end": [0.9, 0.6], "feature": "state"}),
 )
 async def embed(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:
     """The state or the hidden activations of each image at t_end, or at several levels of t_end.

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from service.auth import Key, needs
+from service.documented import FAILED, MODEL, answers, problems
 from service.errors import Problem
 from service.inference import ModelStatus
 from service.routes.answers import gateway_of
@@ -14,7 +15,14 @@ router = APIRouter()
 Caller = Annotated[Key | None, Depends(needs("infer"))]
 
 
-@router.get("/models", summary="All models", response_model=ModelList, response_model_exclude_none=True)
+@router.get(
+    "/models",
+    summary="All models",
+    response_model=ModelList,
+    response_model_exclude_none=True,
+    responses=answers({"One ready, one failed": {"default": "prg-cifar10", "data": [FAILED, MODEL]}})
+    | problems(401, 403, 500),
+)
 async def models(request: Request, _: Caller) -> ModelList:
     """Every model of the repository, failed ones with the reason."""
     gateway = gateway_of(request)
@@ -22,7 +30,13 @@ async def models(request: Request, _: Caller) -> ModelList:
     return ModelList(default=gateway.default_model(), data=[describe(s) for s in statuses])
 
 
-@router.get("/models/{name}", summary="One model", response_model=ModelInfo, response_model_exclude_none=True)
+@router.get(
+    "/models/{name}",
+    summary="One model",
+    response_model=ModelInfo,
+    response_model_exclude_none=True,
+    responses=answers({"A ready model": MODEL, "A failed one": FAILED}) | problems(401, 403, 404, 500),
+)
 async def model(request: Request, name: str, _: Caller) -> ModelInfo:
     """One model by its name."""
     known = gateway_of(request).engine.models()

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.auth import Key, needs
+from service.documented import HEADERS, OPENAI_ANSWERS, OPENAI_REQUESTS, openai_problems
 from service.errors import Problem
 from service.intake import Base64, DataUri, Intake, Item
 from service.limits import deadline
@@ -53,11 +54,18 @@ class EmbeddingsAnswer(BaseModel):
     "/v1/embeddings",
     summary="Embeddings of images, OpenAI style",
     response_model=EmbeddingsAnswer,
+    responses=OPENAI_ANSWERS | openai_problems(),
     openapi_extra={
+        "parameters": HEADERS,
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}},
-        }
+            "content": {
+                "application/json": {
+                    "schema": EmbeddingsRequest.model_json_schema(),
+                    "examples": OPENAI_REQUESTS,
+                }
+            },
+        },
     },
 )
 async def embeddings(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:

@@ -1,0 +1,58 @@
+"""GET / and /docs: the playground, the OpenAPI page, and the files they load. Open even where keys are on."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+router = APIRouter(include_in_schema=False)
+ROOT = Path(__file__).parents[1]
+FOLDERS = {name: StaticFiles(directory=ROOT / name) for name in ("playground", "swagger")}
+KINDS = frozenset((".html", ".css", ".js", ".svg", ".png", ".jpg", ".txt"))
+"""What of these folders is handed out: no Python."""
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'{styles}; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Cache-Control": "no-cache",  # asked again each time, and answered 304: a new version shows at once
+    "Content-Security-Policy": POLICY.format(styles=""),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+READ = ["GET", "HEAD"]
+
+
+@router.api_route("/", methods=READ)
+async def playground(request: Request) -> Response:
+    """The page to try the models with."""
+    return await _file(request, "playground", "index.html")
+
+
+@router.api_route("/docs", methods=READ)
+async def docs(request: Request) -> Response:
+    """The OpenAPI page. Swagger UI sets inline styles, which its policy allows it."""
+    response = await _file(request, "swagger", "index.html")
+    response.headers["Content-Security-Policy"] = POLICY.format(styles=" 'unsafe-inline'")
+    return response
+
+
+@router.api_route("/playground/{path:path}", methods=READ)
+async def playground_file(request: Request, path: str) -> Response:
+    """A file of the playground."""
+    return await _file(request, "playground", path)
+
+
+@router.api_route("/swagger/{path:path}", methods=READ)
+async def swagger_file(request: Request, path: str) -> Response:
+    """A file of Swagger UI."""
+    return await _file(request, "swagger", path)
+
+
+async def _file(request: Request, folder: str, path: str) -> Response:
+    if Path(path).suffix not in KINDS:
+        raise HTTPException(404)
+    response = await FOLDERS[folder].get_response(path, request.scope)
+    response.headers.update(HEADERS)
+    return response

@@ -1,0 +1,197 @@
+"""The OpenAPI page: valid, its examples true to their schemas, and what it says is what the service does."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
+
+from service.app import create_app
+from service.auth import new_key
+from service.settings import Settings
+from tests.tiny import png, write_tiny_entry
+
+Run = Callable[..., TestClient]
+POSTS = ("/embed", "/classify", "/v1/embeddings")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Start the service with these settings on one tiny entry that has the name of the examples."""
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> TestClient:
+            entry = write_tiny_entry(tmp_path / "models", "prg-cifar10")
+            if settings.pop("broken", False):
+                (entry / "1" / "model.pt").write_bytes(b"damaged")
+            settings = {"model_repository": tmp_path / "models"} | settings
+            return stack.enter_context(TestClient(create_app(Settings(**settings))))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    repository = tmp_path_factory.mktemp("models")
+    write_tiny_entry(repository)
+    return create_app(Settings(model_repository=repository)).openapi()
+
+
+def operations(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in spec["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method} {path}", operation
+
+
+def contents(operation: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, media type object) of the request and of each response."""
+    for kind, media in operation.get("requestBody", {}).get("content", {}).items():
+        yield f"request {kind}", media
+    for status, response in operation["responses"].items():
+        for kind, media in response.get("content", {}).items():
+            yield f"{status} {kind}", media
+
+
+def check(spec: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
+    Draft202012Validator(schema | {"components": spec["components"]}).validate(value)
+
+
+def examples(media: dict[str, Any]) -> list[Any]:
+    single = [media["example"]] if "example" in media else []
+    return single + [example["value"] for example in media.get("examples", {}).values()]
+
+
+def test_it_is_valid(spec: dict[str, Any]) -> None:
+    validate(spec)
+
+
+def test_every_body_has_an_example_and_every_example_is_true_to_its_schema(spec: dict[str, Any]) -> None:
+    for route, operation in operations(spec):
+        for where, media in contents(operation):
+            found = examples(media)
+            assert found or where == "200 application/x-npy", f"{route}, {where}: no example"
+            for value in found:
+                check(spec, media["schema"], value)
+
+
+def test_problems_say_the_status_they_stand_under(spec: dict[str, Any]) -> None:
+    for _, operation in operations(spec):
+        for where, media in contents(operation):
+            if "problem+json" in where:
+                assert {str(value["status"]) for value in examples(media)} == {where.split()[0]}
+
+
+def test_errors_of_every_route_are_documented(spec: dict[str, Any]) -> None:
+    keyed = {"401", "403", "500"}
+    expected = {
+        "get /health/live": {"500"},
+        "get /health/ready": {"500", "503"},
+        "get /metrics": keyed,
+        "get /models": keyed,
+        "get /models/{name}": keyed | {"404"},
+        "post /embed": keyed | {"413", "415", "422", "429", "503", "504"},
+        "post /classify": keyed | {"413", "415", "422", "429", "503", "504"},
+        "post /v1/embeddings": keyed | {"400", "404", "429", "503", "504"},
+    }
+    assert {route: set(o["responses"]) - {"200"} for route, o in operations(spec)} == expected
+    for route, operation in operations(spec):
+        assert ("401" in operation["responses"]) == ("security" in operation), route
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_example_requests_are_answered(run: Run, spec: dict[str, Any], path: str) -> None:
+    client = run()
+    operation = spec["paths"][path]["post"]
+    for value in examples(operation["requestBody"]["content"]["application/json"]):
+        answer = client.post(path, json=value)
+        assert answer.status_code == 200, answer.text
+        check(spec, operation["responses"]["200"]["content"]["application/json"]["schema"], answer.json())
+
+
+@pytest.mark.parametrize("path", ["/embed", "/classify"])
+def test_example_forms_are_answered(run: Run, spec: dict[str, Any], path: str) -> None:
+    client = run()
+    content = spec["paths"][path]["post"]["requestBody"]["content"]
+    for value in examples(content["multipart/form-data"]):
+        files = [("files", (name, png())) for name in value["files"]]
+        options = {name: option for name, option in value.items() if name != "files"}
+        assert client.post(path, files=files, data=options).status_code == 200
+    assert client.post(path, content=png(), headers={"Content-Type": "image/*"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [*POSTS, "/models", "/models/prg-cifar10", "/health/live"])
+def test_example_answers_have_the_fields_of_real_ones(run: Run, spec: dict[str, Any], path: str) -> None:
+    client = run()
+    operation = spec["paths"][path.replace("prg-cifar10", "{name}")]
+    if path in POSTS:
+        requests = examples(operation["post"]["requestBody"]["content"]["application/json"])
+        answer = client.post(path, json=requests[0])
+    else:
+        answer = client.get(path)
+    [method] = operation.values()
+    shown = examples(method["responses"]["200"]["content"]["application/json"])[0]
+    assert answer.json().keys() == shown.keys()
+    if "data" in shown:
+        assert answer.json()["data"][-1].keys() == shown["data"][-1].keys()
+
+
+def image_request(client: TestClient, path: str, **more: Any) -> Any:
+    if path == "/v1/embeddings":
+        image = "iVBORw0KGgo="
+        return client.post(path, json={"model": "prg-cifar10", "input": image} | more.pop("json", {}), **more)
+    return client.post(path, files=[("files", ("a.png", png()))], **more)
+
+
+def keys_file(folder: Path, scopes: str = '["infer"]', rate: int = 1) -> tuple[Path, dict[str, str]]:
+    key, row = new_key("demo")
+    row = row.replace('["infer"]', scopes).replace("6000", str(rate))
+    (folder / "keys.toml").write_text(row)
+    return folder / "keys.toml", {"Authorization": f"Bearer {key}"}
+
+
+def provoke(status: int, path: str, run: Run, folder: Path) -> Any:
+    """Make the service answer with that status for real."""
+    if status in (401, 403, 429):
+        file, headers = keys_file(folder, '["metrics"]' if status == 403 else '["infer"]')
+        client = run(api_keys_file=file)
+        if status == 429:
+            image_request(client, path, headers=headers)
+        return image_request(client, path, headers={} if status == 401 else headers)
+    if status == 413:
+        return image_request(run(max_body_bytes=10), path)
+    if status == 503:
+        return image_request(run(broken=True), path)
+    client = run()
+    if status == 500:
+        client.app.state.gateway = None  # type: ignore[attr-defined]
+    if status == 415:
+        return client.post(path, content=b"hello", headers={"Content-Type": "text/plain"})
+    if status == 422:
+        wrong = {"json": {"t_end": 2}} if path == "/v1/embeddings" else {"params": {"t_end": 2}}
+        return image_request(client, path, **wrong)
+    return image_request(client, path, headers={"Request-Timeout": "0.000001"} if status == 504 else {})
+
+
+STATUSES = (401, 403, 413, 415, 422, 429, 500, 503, 504)
+PROVOKED = [(path, status) for path in POSTS for status in STATUSES]
+PROVOKED.remove(("/v1/embeddings", 415))  # it reads any body as JSON
+
+
+@pytest.mark.parametrize(("path", "status"), PROVOKED)
+def test_real_errors_are_as_documented(
+    run: Run, spec: dict[str, Any], path: str, status: int, tmp_path: Path
+) -> None:
+    answer = provoke(status, path, run, tmp_path)
+    openai = path == "/v1/embeddings"
+    assert answer.status_code == (400 if openai and status in (413, 422) else status)
+    documented = spec["paths"][path]["post"]["responses"][str(answer.status_code)]
+    [(kind, media)] = documented["content"].items()
+    assert answer.headers["content-type"] == kind
+    check(spec, media["schema"], answer.json())
+    name = (lambda body: body["error"]["code"]) if openai else (lambda body: body["title"])
+    assert name(answer.json()) in {name(value) for value in examples(media)}
+    assert ("retry-after" in answer.headers) == ("headers" in documented)
