@@ -243,12 +243,14 @@ def _source(data: str) -> str:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    from prg.training.memory import keep_freed_memory
     from prg.training.pretrain import pretrain
     from prg.training.run import open_run
 
     if arguments.dry_run:
         _dry_run(arguments, "pretrain")
         return
+    keep_freed_memory()
     run = open_run(arguments.run, _recipe(arguments))
     pretrain(run)
     print(f"pretrained: {run.pretrained}\nnext: prg finetune {arguments.run}")
@@ -256,11 +258,13 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 def _finetune(arguments: argparse.Namespace) -> None:
     from prg.training.finetune import finetune
+    from prg.training.memory import keep_freed_memory
     from prg.training.run import open_run
 
     if arguments.dry_run:
         _dry_run(arguments, "finetune")
         return
+    keep_freed_memory()
     run = open_run(arguments.run, _recipe(arguments))
     finetune(run, arguments.init)
     print(f"fine-tuned: {run.finetuned}\nnext: prg evaluate {arguments.run}")
