@@ -13,8 +13,9 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(6 << 20, dtype=torch.uint8), torch.ones(24 << 20, dtype=torch.uint8)
+    for _ in range(5):
+        pieces = [torch.ones(6 << 20, dtype=torch.uint8) for _ in range(30)]
+        del pieces
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults())
