@@ -64,14 +64,23 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def load_checkpoint(path: Path, kind: str, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint of that kind. Raises CheckpointError if it is missing, unreadable or of another kind."""
+def load_checkpoint(
+    path: Path, kind: str | tuple[str, ...], device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Read a checkpoint of that kind, or one of them.
+
+    Raises CheckpointError if it is missing, unreadable or of another kind.
+    """
+    kinds = (kind,) if isinstance(kind, str) else kind
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; make it with `prg {kind}`, or name another one")
-    facts = read_facts(path)
-    if facts["kind"] != kind:
         raise CheckpointError(
-            f"{path}: a checkpoint of `prg {facts['kind']}`, where one of `prg {kind}` is needed"
+            f"{path}: no such checkpoint; make it with `prg {kinds[0]}`, or name another one"
+        )
+    facts = read_facts(path)
+    if facts["kind"] not in kinds:
+        needed = " or ".join(f"`prg {k}`" for k in kinds)
+        raise CheckpointError(
+            f"{path}: a checkpoint of `prg {facts['kind']}`, where one of {needed} is needed"
         )
     with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)

@@ -56,10 +56,12 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, t_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, 3, S, S] normalised, t_end [B] -> STATE [B, 768], HIDDEN [B, D_h], LOGITS [B, K]."""
         state, hidden = self.encoder(x, t_end)
+        return state, hidden, self.head(self.head_input(state, hidden))
+
+    def head_input(self, state: Tensor, hidden: Tensor) -> Tensor:
+        """What the head reads: [B, D]."""
         if self.input == "state":
-            features = state
-        elif self.input == "hidden":
-            features = hidden
-        else:
-            features = torch.cat([state, hidden], dim=1)
-        return state, hidden, self.head(features)
+            return state
+        if self.input == "hidden":
+            return hidden
+        return torch.cat([state, hidden], dim=1)

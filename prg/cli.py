@@ -20,6 +20,7 @@ a whole run, on your own images (one sub-folder a class):
   prg export   runs/mine model_repository/mine
   prg-serve
 """
+FREEZE = ["finetune.freeze=true", "finetune.head=linear", "finetune.head_input=hidden"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +95,18 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "finetune":
             sub.add_argument(
-                "--init", type=Path, help="pretraining checkpoint to begin from; by default the run's own"
+                "--init",
+                type=Path,
+                help="what to begin from: a checkpoint of `prg pretrain` or `prg finetune`, or an entry's folder; "
+                "by default the run's own pretraining",
+            )
+            sub.add_argument(
+                "--freeze",
+                action="store_const",
+                const=FREEZE,
+                default=[],
+                help="keep the encoder and fit a linear head on its hidden features, in minutes: for few labels "
+                f"(short for {' '.join(f'--set {item}' for item in FREEZE)}, which --set overrides)",
             )
         sub.set_defaults(command=command)
 
@@ -182,7 +194,7 @@ def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that the flags describe, None if they leave it to the run."""
-    overrides = [*arguments.set, *_data_override(arguments.data)]
+    overrides = [*getattr(arguments, "freeze", []), *arguments.set, *_data_override(arguments.data)]
     if arguments.skip_unreadable:
         overrides.append("data.skip_unreadable=true")
     own = arguments.run / "recipe.json"

@@ -3,7 +3,7 @@
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from prg.classifier import HeadConfig
 from prg.encoder import EncoderConfig
 from prg.unet import PRESETS, UNet, UNetConfig
 
+Augmentation = Literal["flip", "crop", "resized_crop", "randaugment", "erase"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -59,6 +60,8 @@ class Optimisation:
 
     epochs: float
     batch: int = 128
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonal momentum for convolution kernels, AdamW for the rest."""
     lr: float = 1e-3
     lr_min: float = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -70,7 +73,8 @@ class Optimisation:
     """Largest norm of the gradient; 0: not clipped."""
     ema: float = 0.999
     """Decay of the averaged weights, which are the ones used afterwards; 0: no average."""
-    augment: tuple[Literal["flip", "crop"], ...] = ("flip",)
+    augment: tuple[Augmentation, ...] = ("flip",)
+    """In this order, each image by its own draw."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: whichever a short probe finds faster on this machine."""
 
@@ -94,13 +98,24 @@ class Pretrain(Optimisation):
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Optimisation):
-    """Encoder and head together, through the reverse ODE, by label-smoothed cross-entropy."""
+    """Encoder and head together, through the reverse ODE, by label-smoothed cross-entropy; or the head alone."""
 
     t_end: tuple[float, ...] = (0.8,)
     """Levels the head is trained at, one drawn per image; the first is the default when serving."""
     head_input: Literal["state", "hidden", "both"] = "both"
     head: Literal["mlp", "linear"] = "mlp"
     label_smoothing: float = 0.1
+    beta: float = 0.0
+    """Weight of the flow-matching loss, added so that the encoder stays a flow (the paper's objective)."""
+    mixup: float = 0.0
+    """Parameter of mixup's Beta distribution; 0: none."""
+    cutmix: float = 0.0
+    """The same of cutmix; where both are set, each image gets one of them."""
+    freeze: bool = False
+    """Keep the encoder and fit the head alone: features are computed once (and those of mirrored images, if
+    `augment` has flip), then the head is fitted to all of them at once. Made for few labels: minutes."""
+    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """With `freeze`: weights of the squared norm of the head's matrices; the validation images choose one."""
     save_memory: bool = True
     """Checkpoint every network evaluation: the same gradient, less memory, a third more time."""
 
@@ -110,6 +125,15 @@ class Finetune(Optimisation):
             raise ValueError(
                 f"t_end = {self.t_end}: levels in [0, 1) are needed, 1 would be no reverse solve"
             )
+        for name in ("beta", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} is out of range")
+            if self.freeze and getattr(self, name):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} goes with a trained encoder; freeze needs 0"
+                )
+        if self.freeze and (not self.penalties or not all(p >= 0 for p in self.penalties)):
+            raise ValueError(f"penalties = {self.penalties}: at least one is needed, none below 0")
 
 
 @dataclass(frozen=True)
@@ -159,6 +183,16 @@ class Recipe:
         return HeadConfig(classes, self.finetune.head_input, self.finetune.head)
 
 
+SECTIONS: dict[str, Any] = {
+    "data": Data,
+    "image": Image,
+    "encoder": EncoderConfig,
+    "pretrain": Pretrain,
+    "finetune": Finetune,
+    "serve": Serve,
+}
+
+
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(
@@ -173,10 +207,22 @@ def load_recipe(
 ) -> Recipe:
     """A shipped recipe by name, or a TOML (or a run's JSON) file by path.
 
+    A recipe with `extends = "NAME"` holds only what differs from that one.
     overrides: `section.key=value`, the value in TOML's notation, or a bare word for a string.
     given: keys by section that replace the file's own, such as those that an imported network decides.
     Raises RecipeError for a file that is missing or does not parse, an unknown key, a wrong type or value.
     """
+    table = _table(name)
+    for section, keys in given.items():
+        before = table.get(section)
+        table[section] = {**(before if isinstance(before, dict) else {}), **keys}
+    for item in overrides:
+        _override(table, item)
+    return parse_recipe(table, name)
+
+
+def _table(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's table, over that of the recipe it extends."""
     path = Path(name)
     if path.suffix not in (".toml", ".json"):
         if name not in shipped_recipes():
@@ -189,23 +235,31 @@ def load_recipe(
     else:
         text = path.read_text("utf-8")
     try:
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        table: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise RecipeError(f"{name}: not valid {path.suffix[1:] or 'toml'}: {error}") from None
-    for section, keys in given.items():
-        before = table.get(section)
-        table[section] = {**(before if isinstance(before, dict) else {}), **keys}
-    for item in overrides:
-        _override(table, item)
-    return parse_recipe(table, name)
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    if not isinstance(base, str) or base in (*seen, name):
+        raise RecipeError(
+            f"{name}: extends = {base!r}: name another recipe, and not one that extends this one"
+        )
+    return _over(_table(base, (*seen, name)), table)
+
+
+def _over(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `table` in place of its own, section by section."""
+    both = {k: _over(base[k], v) for k, v in table.items() if isinstance(v, dict) and k in base}
+    return {**base, **table, **both}
 
 
 def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
     """A recipe from its table; `where` names it in errors. Raises RecipeError."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # here: the training core does without it
 
-    for kind in (Recipe, Data, Image, Pretrain, Finetune, Serve, EncoderConfig, UNetConfig):
-        kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
+    for kind in (Recipe, UNetConfig, *SECTIONS.values()):
+        kind.__pydantic_config__ = ConfigDict(extra="forbid")
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
@@ -223,11 +277,19 @@ def recipe_table(recipe: Recipe) -> dict[str, Any]:
     return table
 
 
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings; keys that recipes got since it was written have their defaults."""
+    out = dict(settings)
+    for section, kind in SECTIONS.items():
+        if section in out:
+            defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+            out[section] = json.loads(json.dumps(defaults)) | out[section]
+    return out
+
+
 def _known(location: tuple[int | str, ...]) -> list[str]:
     """The keys allowed where an unknown one was found."""
-    sections = {f: t for f, t in Recipe.__annotations__.items() if hasattr(t, "__dataclass_fields__")}
-    sections["network"] = UNetConfig
-    kind = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    kind = ({"network": UNetConfig} | SECTIONS).get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return list(kind.__dataclass_fields__)
 
 

@@ -64,7 +64,7 @@ def images_per_second(recipe: Recipe, stage: str, device: torch.device, steps: i
         prepare, loss = pretraining_batch(recipe), pretraining_loss(recipe)
     else:
         model, batch = build_classifier(recipe, PROBE_CLASSES), recipe.finetune.batch
-        prepare, loss = finetuning_batch(recipe), finetuning_loss(recipe)
+        prepare, loss = finetuning_batch(recipe, PROBE_CLASSES), finetuning_loss(recipe)
     model.to(device)
     side = recipe.image.size
     pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)

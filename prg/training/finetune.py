@@ -1,6 +1,5 @@
 """Fine-tuning: encoder and head together, through the reverse ODE."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +8,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entry.config import sha256
-from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
+from prg.checkpoint import load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
-from prg.recipe import Recipe, recipe_table
+from prg.paths import PATHS, flow_matching_loss
+from prg.recipe import Recipe
 from prg.training import figures
-from prg.training.augmentation import augment, normalise
+from prg.training.augmentation import augment, mix, normalise
 from prg.training.data import DataError, Images
+from prg.training.frozen import fit_head
+from prg.training.initial import load_initial
 from prg.training.loop import Batch, Job, Loss, Prepare, train
+from prg.training.pretrain import draw
 from prg.training.run import Run, choose_device
 from prg.unet import UNet
 
 VALIDATION_BATCH = 256
-PRETRAINED_FOR = ("network", "image")
-"""Sections in which a fine-tuning must agree with the pretraining it begins from."""
 
 
 def finetune(run: Run, init: Path | None = None) -> None:
     """Train the run's classifier, or go on with it.
 
-    init: the pretraining checkpoint to begin from; by default the run's own.
+    init: the checkpoint or entry to begin from; by default the run's own pretraining.
     """
-    job = finetuning_job(run, init or run.pretrained)
+    images, held_back = run.training_images()
+    job = finetuning_job(run, init or run.pretrained, images, held_back)
+    if run.recipe.finetune.freeze:
+        fit_head(job, run.recipe, held_back)
+        return
     train(job)
     figures.loss_curve(job.folder)
 
 
-def finetuning_job(run: Run, init: Path) -> Job:
-    """Everything that defines the fine-tuning of a run. Raises CheckpointError, DataError."""
+def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> Job:
+    """Everything that defines the fine-tuning of a run. Raises CheckpointError, EntryError, DataError."""
     recipe = run.recipe
     run.check_trained_here(run.finetuned)
-    images, held_back = run.training_images()
     if images.labels is None:
         raise DataError(
             f"{recipe.data.source}: no labels; fine-tuning needs one sub-folder of images a class"
@@ -48,21 +51,21 @@ def finetuning_job(run: Run, init: Path) -> Job:
     run.check_classes(images, held_back)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
-    pretrained = load_pretrained(model.encoder.net, recipe, init)
+    origin = load_initial(model.encoder.net, recipe, init)
     return Job(
         kind="finetune",
         model=model,
-        prepare=finetuning_batch(recipe),
+        prepare=finetuning_batch(recipe, len(images.classes)),
         loss=finetuning_loss(recipe),
         validate=lambda m: validation_figures(m, recipe, held_back),
         images=images,
         config=recipe.finetune,
         seed=recipe.seed + 1,
-        settings=run.settings(images, "encoder", "finetune") | {"init": pretrained["sha256"]},
+        settings=run.settings(images, "encoder", "finetune") | {"init": origin["init"]["sha256"]},
         folder=run.folder / "finetune",
         device=choose_device(),
         begun=run.remember,
-        facts={"classes": list(images.classes), "pretraining": pretrained},
+        facts={"classes": list(images.classes), **origin},
     )
 
 
@@ -81,46 +84,40 @@ def load_finetuned(run: Run) -> tuple[Classifier, dict[str, Any]]:
     return model, saved.facts
 
 
-def load_pretrained(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
-    """The averaged pretrained weights into `net`; returns where they came from, for the record."""
-    saved = load_checkpoint(init, "pretrain")
-    table, then = recipe_table(recipe), saved.facts["settings"]
-    changed = differences({k: then[k] for k in PRETRAINED_FOR}, {k: table[k] for k in PRETRAINED_FOR})
-    if then["encoder"]["path"] != recipe.encoder.path:
-        changed.append(f"encoder.path was {then['encoder']['path']!r}, is {recipe.encoder.path!r}")
-    if changed:
-        raise CheckpointError(f"{init}: pretrained with other settings ({'; '.join(changed)})")
-    if saved.facts["step"] < saved.facts["steps"]:
-        print(
-            f"note: {init} is unfinished, step {saved.facts['step']} of {saved.facts['steps']}",
-            file=sys.stderr,
-        )
-    load_strictly(net, saved.part("average"), init)
-    told = ("step", "steps", "seconds", "precision", "device", "settings")
-    return {k: saved.facts[k] for k in told} | {"sha256": sha256(init)}
+def finetuning_batch(recipe: Recipe, classes: int) -> Prepare:
+    """(images, targets, levels), one of the recipe's levels for each image; with beta, then (data, noise, t).
 
-
-def finetuning_batch(recipe: Recipe) -> Prepare:
-    """(images, labels, levels): one of the recipe's levels is drawn for each image."""
-    config = recipe.finetune
+    Targets are class numbers [B], or each class's share [B, K] where images are mixed.
+    """
+    config, path = recipe.finetune, PATHS[recipe.encoder.path]
 
     def prepare(pixels: Tensor, labels: Tensor | None, generator: torch.Generator) -> Batch:
         assert labels is not None
-        x = normalise(augment(pixels, config.augment, generator), recipe.image.mean, recipe.image.std)
+        pixels = augment(pixels, config.augment, generator)
+        x = normalise(pixels, recipe.image.mean, recipe.image.std)
         levels = torch.tensor(config.t_end, device=x.device)
         drawn = torch.randint(len(levels), (len(x),), generator=generator, device=x.device)
-        return x, labels, levels[drawn]
+        flow = draw(pixels, recipe, path, generator) if config.beta else ()
+        if config.mixup or config.cutmix:
+            x, labels = mix(x, labels, classes, config.mixup, config.cutmix, generator)
+        return x, labels, levels[drawn], *flow
 
     return prepare
 
 
 def finetuning_loss(recipe: Recipe) -> Loss:
-    """Label-smoothed cross-entropy of the logits."""
+    """Label-smoothed cross-entropy of the logits, plus beta times flow matching on the same images, unmixed."""
+    config, path = recipe.finetune, PATHS[recipe.encoder.path]
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        x, labels, levels = batch
+        assert isinstance(model, Classifier)
+        x, targets, levels, *flow = batch
         _, _, logits = model(x, levels)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.finetune.label_smoothing)
+        total = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        if config.beta:
+            data, noise, t = flow
+            total = total + config.beta * flow_matching_loss(model.encoder.net, path, data, noise, t)
+        return total
 
     return loss
 

@@ -26,13 +26,19 @@ from prg.checkpoint import (
     load_strictly,
     save_checkpoint,
 )
-from prg.recipe import Optimisation
+from prg.recipe import Optimisation, with_defaults
 from prg.training.data import Images
+from prg.training.muon import Muon
 from prg.training.precision import Precision, choose_precision
 from prg.training.progress import track
 
 SAVE_EVERY_S = 120.0
 LOG_EVERY_STEPS = 50
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    Muon: ("momentum",),
+}
+"""What each optimiser remembers of a parameter."""
 
 Batch = tuple[Tensor, ...]
 Prepare = Callable[[Tensor, Tensor | None, torch.Generator], Batch]
@@ -85,6 +91,16 @@ class Job:
         return max(1, round(self.config.epochs * self.steps_per_epoch))
 
 
+def refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError where the run's checkpoint was begun with other settings than it has now."""
+    differing = differences(with_defaults(saved), with_defaults(now))
+    if differing:
+        raise CheckpointError(
+            f"{path}: begun with other settings ({'; '.join(differing)}); "
+            "use those, or another folder for a new run"
+        )
+
+
 def learning_rate(config: Optimisation, step: int, steps: int) -> float:
     """Linear warm-up, then constant or half a cosine to lr_min."""
     warmup = round(config.warmup * steps)
@@ -119,12 +135,7 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = job.model.to(job.device)
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.model, job.config.weight_decay),
-            lr=job.config.lr,
-            betas=job.config.betas,
-            fused=job.device.type == "cuda",
-        )
+        self.optimisers = optimisers(self.model, job.config)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step = 0
         self.precision: Precision = "fp32"
@@ -142,37 +153,34 @@ class Trainer:
         if not path.exists():
             return False
         saved = load_checkpoint(path, self.job.kind, self.job.device)
-        differing = differences(saved.facts["settings"], self.job.settings)
-        if differing:
-            raise CheckpointError(
-                f"{path}: begun with other settings ({'; '.join(differing)}); "
-                "use those, or another folder for a new run"
-            )
+        refuse_other_settings(path, saved.facts["settings"], self.job.settings)
         load_strictly(self.model, saved.part("model"), path)
         self.average = saved.part("average")
         self.step, self.seconds = saved.facts["step"], saved.facts["seconds"]
         self.precision = saved.facts["precision"]
-        names = {id(p): name for name, p in self.model.named_parameters()}
         moments = saved.part("optimiser")
-        for group in self.optimiser.param_groups:
-            for p in group["params"]:
-                name = names[id(p)]
-                if f"exp_avg.{name}" in moments:
-                    self.optimiser.state[p] = {
-                        "step": torch.tensor(float(self.step), device=p.device if group["fused"] else "cpu"),
-                        "exp_avg": moments[f"exp_avg.{name}"],
-                        "exp_avg_sq": moments[f"exp_avg_sq.{name}"],
-                    }
+        for optimiser, p, name in self.trained():
+            for moment in MOMENTS[type(optimiser)]:
+                if f"{moment}.{name}" in moments:
+                    optimiser.state[p][moment] = moments[f"{moment}.{name}"]
+                    optimiser.state[p]["step"] = torch.tensor(float(self.step))
         return True
+
+    def trained(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter, str]]:
+        """(optimiser, parameter, name) of every parameter that is trained."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                yield from ((optimiser, p, names[id(p)]) for p in group["params"])
 
     def save(self) -> None:
         """Write the checkpoint."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for p, state in self.optimiser.state.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"optimiser.{moment}.{names[id(p)]}"] = state[moment]
+        for optimiser, p, name in self.trained():
+            for moment in MOMENTS[type(optimiser)]:
+                if moment in optimiser.state[p]:
+                    tensors[f"optimiser.{moment}.{name}"] = optimiser.state[p][moment]
         facts = {
             "kind": self.job.kind,
             "settings": self.job.settings,
@@ -208,8 +216,9 @@ class Trainer:
     def advance(self) -> float:
         """One step of optimisation; returns its loss. Raises FloatingPointError if the loss is not finite."""
         config = self.job.config
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(config, self.step, self.job.steps)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, self.step, self.job.steps)
         loss = self.loss(self.step, self.precision)
         value = loss.item()
         if not math.isfinite(value):
@@ -217,11 +226,12 @@ class Trainer:
                 f"{self.job.kind}: the loss is {value} at step {self.step}; the checkpoint before it is kept. "
                 f"Lower {self.job.kind}.lr (now {config.lr}), or set {self.job.kind}.clip"
             )
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.step += 1
         decay = min(config.ema, self.step / (self.step + 10)) if config.ema else 0.0
         own = self.model.state_dict()
@@ -333,13 +343,29 @@ def device_name(device: torch.device) -> str:
     return ", ".join([name, *extensions, f"{torch.get_num_threads()} threads"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and kernels; leave biases and norms alone."""
+def optimisers(model: nn.Module, config: Optimisation) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the kernels between feature maps and AdamW for the rest.
+
+    Matrices and kernels decay, biases and norms do not.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    kernels = [p for p in params if config.optimiser == "muon" and is_kernel(p)]
+    chosen = {id(p) for p in kernels}
+    rest = [p for p in params if id(p) not in chosen]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+    )
+    return [adamw, Muon(kernels, config.lr, config.weight_decay)] if kernels else [adamw]
+
+
+def is_kernel(p: nn.Parameter) -> bool:
+    """A convolution's kernel, [out, in, ...], from many channels to many; those from and to RGB are not."""
+    return p.dim() > 2 and min(p.shape[:2]) >= 16
 
 
 @contextmanager

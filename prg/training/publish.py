@@ -52,6 +52,8 @@ def training_facts(about: str, facts: dict[str, Any]) -> dict[str, Any]:
     if "pretraining" in facts:
         stages = {"pretrain": facts["pretraining"], **stages}
     told: dict[str, Any] = {"recipe": about, "commit": commit(), "device": facts["device"]}
+    if facts.get("init", {}).get("kind") == "entry":
+        told["begun from"] = {k: facts["init"][k] for k in ("entry", "version", "sha256")}
     for kind, stage in stages.items():
         settings = stage["settings"]
         if "imported" in settings:

@@ -9,7 +9,7 @@ import torch
 
 from entry.config import ImageSpec, write_atomically
 from prg.checkpoint import CheckpointError, differences, read_facts
-from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table
+from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table, with_defaults
 from prg.training.data import (
     DataError,
     Images,
@@ -65,7 +65,7 @@ class Run:
 
     def check(self, facts: dict[str, Any], path: Path, *sections: str) -> None:
         """Raise CheckpointError where a checkpoint was trained by another recipe than the run has now."""
-        table, then = recipe_table(self.recipe), facts["settings"]
+        table, then = recipe_table(self.recipe), with_defaults(facts["settings"])
         changed = differences({k: then[k] for k in sections}, {k: table[k] for k in sections})
         if changed:
             raise CheckpointError(

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from prg.recipe import RecipeError, load_recipe, parse_recipe, recipe_table, shipped_recipes
+from prg.recipe import (
+    RecipeError,
+    load_recipe,
+    parse_recipe,
+    recipe_table,
+    shipped_recipes,
+    with_defaults,
+)
 
 MINIMAL = """
 about = "mine"
@@ -36,6 +43,10 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("[pretrain]\nlr = -1", "lr = -1"),
         ("[finetune]\nt_end = [1.0]", "t_end"),
         ("[finetune]\nt_end = []", "t_end"),
+        ("[finetune]\nbeta = -0.1", "beta"),
+        ("[finetune]\nfreeze = true\nmixup = 0.2", "mixup = 0.2"),
+        ("[finetune]\nfreeze = true\npenalties = []", "penalties"),
+        ("[pretrain]\naugment = ['blur']", "pretrain.augment"),
         ("[encoder]\nsolver = 'rk5'", "rk5"),
         ("[encoder]\nsteps = 0", "steps"),
         ("[encoder]\nlayers = []", "layers"),
@@ -81,3 +92,30 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     path.write_text("= 3")
     with pytest.raises(RecipeError, match="not valid toml"):
         load_recipe(str(path))
+
+
+def test_settings_from_before_a_key_existed_have_its_default() -> None:
+    table = recipe_table(load_recipe("images-32"))
+    older = {**table, "finetune": {k: v for k, v in table["finetune"].items() if k != "beta"}}
+    assert with_defaults(older) == table
+
+
+def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(MINIMAL)
+    path = tmp_path / "other.toml"
+    path.write_text(f'about = "other"\nextends = "{tmp_path / "mine.toml"}"\n[finetune]\nbatch = 7\n')
+    recipe, base = load_recipe(str(path)), load_recipe(str(tmp_path / "mine.toml"))
+    assert (recipe.about, recipe.finetune.batch, recipe.finetune.epochs) == ("other", 7, 1)
+    assert (recipe.network, recipe.image, recipe.pretrain) == (base.network, base.image, base.pretrain)
+    path.write_text(f'about = "other"\nextends = "{path}"\n')
+    with pytest.raises(RecipeError, match="extends"):
+        load_recipe(str(path))
+
+
+def test_every_row_of_the_papers_table_is_a_recipe() -> None:
+    for data in ("cifar10", "tiny-imagenet", "imagenet64"):
+        for path in ("icfm", "otcfm", "gvp"):
+            recipe = load_recipe(f"{data}-{path}")
+            assert recipe.encoder.path == path
+            assert recipe.finetune.t_end == (recipe.serve.t_end,)
+            assert (recipe.pretrain.lr, recipe.finetune.lr) == (1e-4, 1.25e-4)

@@ -18,7 +18,7 @@ SETTINGS = (
         "pretrain.epochs=2",
         "finetune.epochs=6",
     ),
-    *("finetune.lr=0.01", "encoder.steps=2"),
+    *("finetune.lr=0.01", "encoder.steps=2", "pretrain.optimiser=muon"),
 )
 
 

@@ -1,0 +1,110 @@
+"""Few labels: a head on a frozen encoder, begun from a checkpoint or an entry."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from workshop import image_folder, overrides
+
+from entry.config import read_entry
+from prg.checkpoint import load_checkpoint
+from prg.cli import main
+from prg.training.finetune import load_finetuned
+from prg.training.run import open_run
+
+NET = "encoder.solver.velocity.net."
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """A run that is pretrained, with a frozen fine-tuning."""
+    folder = tmp_path_factory.mktemp("run") / "mine"
+    command = ["--recipe", "images-32", "--data", str(photos), *overrides()]
+    assert main(["pretrain", str(folder), *command]) == 0
+    assert main(["finetune", str(folder), "--freeze"]) == 0
+    return folder
+
+
+def test_the_encoder_is_the_pretrained_one_and_the_head_is_linear(run: Path) -> None:
+    model, facts = load_finetuned(open_run(run, None))
+    before = load_checkpoint(run / "pretrain" / "checkpoint.safetensors", "pretrain").part("average")
+    assert all(torch.equal(before[k], v) for k, v in model.encoder.net.state_dict().items())
+    assert [type(m).__name__ for m in model.head.classifier] == ["LayerNorm", "Linear"]
+    assert facts["penalty"] in open_run(run, None).recipe.finetune.penalties
+
+
+def test_the_penalty_is_the_one_of_least_validation_loss(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    chosen = load_checkpoint(run / "finetune" / "checkpoint.safetensors", "finetune").facts["penalty"]
+    assert len(rows) == 4
+    assert chosen == min(rows, key=lambda row: row["validation_loss"])["penalty"]
+
+
+def test_again_changes_nothing_and_other_settings_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "finetune" / "checkpoint.safetensors"
+    before = path.read_bytes()
+    assert main(["finetune", str(run)]) == 0
+    assert main(["finetune", str(run), "--set", "finetune.freeze=false"]) == 1
+    assert "finetune.freeze was True, is False" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_it_is_exported_and_evaluated_as_any_other(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = tmp_path / "mine"
+    assert main(["export", str(run), str(entry)]) == 0
+    assert main(["evaluate", str(entry), "--data", str(photos), "--write"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] > 0.9
+
+
+@pytest.mark.parametrize("begin", ["finetune", "entry", "entry without head"])
+def test_what_it_can_begin_from(run: Path, photos: Path, tmp_path: Path, begin: str) -> None:
+    init = run / "finetune" / "checkpoint.safetensors"
+    if begin != "finetune":
+        init = tmp_path / "entry"
+        stage = "pretrain" if "without" in begin else "finetune"
+        assert main(["export", str(run), str(init), "--stage", stage]) == 0
+    other = tmp_path / "other"
+    command = ["--recipe", "images-32", "--data", str(photos), *overrides("encoder.steps=1"), "--freeze"]
+    assert main(["finetune", str(other), *command, "--init", str(init)]) == 0
+    a, b = (load_checkpoint(r / "finetune" / "checkpoint.safetensors", "finetune") for r in (run, other))
+    names = [k for k in a.tensors if k.startswith(f"average.{NET}")]
+    assert names
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in names)
+    published = tmp_path / "published"
+    assert main(["export", str(other), str(published)]) == 0
+    training = read_entry(published).prg.versions["1"].training
+    assert ("begun from" in training) == (begin != "finetune")
+
+
+def test_an_entry_that_does_not_fit_says_why(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = tmp_path / "entry"
+    assert main(["export", str(run), str(entry)]) == 0
+    command = ["finetune", str(tmp_path / "other"), "--data", str(photos), "--init", str(entry), "--freeze"]
+    assert main([*command, "--recipe", "images-32"]) == 1
+    assert "image.size is 16 there, 32 in the recipe" in capsys.readouterr().err
+    assert main([*command, "--recipe", "images-32", *overrides("image.mean=[0.5, 0.5, 0.5]")]) == 1
+    assert "image.mean" in capsys.readouterr().err
+    assert main([*command, "--recipe", "images-32", *overrides("encoder.path=gvp")]) == 1
+    assert "encoder.path is 'icfm' there, 'gvp' in the recipe" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "recipe.json").exists()
+
+
+def test_the_recipes_own_head_and_levels(run: Path, photos: Path, tmp_path: Path) -> None:
+    init = run / "pretrain" / "checkpoint.safetensors"
+    settings = overrides("finetune.freeze=true", "finetune.t_end=[0.8, 0.5]", "finetune.penalties=[0.01]")
+    command = ["--recipe", "images-32", "--data", str(photos), *settings, "--init", str(init)]
+    assert main(["finetune", str(tmp_path), *command]) == 0
+    model, _ = load_finetuned(open_run(tmp_path, None))
+    assert len(model.head.classifier) == 4
