@@ -70,9 +70,6 @@ def _from_entry(net: UNet, recipe: Recipe, directory: Path) -> dict[str, Any]:
     weights: dict[str, Tensor] = {
         k.removeprefix(prefix): v.float() for k, v in module.state_dict().items() if k.startswith(prefix)
     }
-    encoder = module.classifier.encoder if entry.has_head else module.encoder
-    if encoder.solver.velocity.reversed_time:
-        raise CheckpointError(f"{path}: its network runs in reversed time, which training does not")
     load_strictly(net, weights, path)
     origin = {"kind": "entry", "entry": entry.name, "version": version, "sha256": sha256(path)}
     return {"init": origin | {"training": entry.prg.versions[version].training}}
