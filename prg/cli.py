@@ -1,4 +1,4 @@
-"""The offline scripts: prg pretrain | finetune | evaluate | export | import | embed."""
+"""The offline scripts: prg pretrain | finetune | evaluate | export | import | embed | reproduce."""
 
 import argparse
 import json
@@ -193,6 +193,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--feature", choices=("state", "hidden"), help="by default the model's")
     sub.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
     sub.set_defaults(command=_embed)
+
+    sub = commands.add_parser(
+        "reproduce",
+        help="a recipe's whole experiment: pretrain, finetune, export, evaluate",
+        description="Run all stages of a recipe, the entry written to RUN/entry with its figures on the test split. "
+        "The same command again continues it, and does nothing anew.",
+    )
+    sub.add_argument("recipe", help=f"a .toml file or one of {', '.join(shipped_recipes())}")
+    sub.add_argument("run", type=Path, help="folder of the run")
+    sub.add_argument("--data", help="images: a folder, parquet files, or a dataset's name on the hub")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe"
+    )
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, and of each stage the steps, the hours here and estimated GPU-hours; stop",
+    )
+    sub.set_defaults(command=_reproduce)
     return parser
 
 
@@ -442,6 +461,16 @@ def _embed(arguments: argparse.Namespace) -> None:
         embedder = Local(arguments.entry, arguments.t_end, arguments.feature, arguments.normalize)
     failed = embed(arguments.paths, arguments.out, embedder)
     print(f"embedded: {arguments.out}" + (f"; {failed} files could not be used" if failed else ""))
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from prg.training.reproduce import plan, reproduce
+    from prg.training.run import open_run
+
+    overrides = [*arguments.set, *_data_override(arguments.data)]
+    run = open_run(arguments.run, load_recipe(arguments.recipe, overrides))
+    for line in [plan(run)] if arguments.dry_run else reproduce(run):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import json
 import time
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prg.encoder import Encoder
 from prg.recipe import Recipe, recipe_table
 from prg.training.finetune import build_classifier, finetuning_batch, finetuning_loss
-from prg.training.loop import device_name, step_generator
+from prg.training.loop import Loss, Prepare, device_name, step_generator
 from prg.training.pretrain import pretraining_batch, pretraining_loss
 from prg.training.run import choose_device
 from prg.unet import UNet
@@ -56,19 +57,24 @@ def flops(recipe: Recipe, encoder: Encoder) -> tuple[int, int]:
     return once.get_total_flops(), whole.get_total_flops()
 
 
-def images_per_second(recipe: Recipe, stage: str, device: torch.device, steps: int = 3) -> float:
-    """Training speed of a stage in fp32, from a few steps on random images."""
-    model: torch.nn.Module
+def parts(recipe: Recipe, stage: str, device: torch.device) -> tuple[nn.Module, Prepare, Loss]:
+    """A stage's model with fresh weights, what prepares its batches, and its loss."""
     if stage == "pretrain":
-        model, batch = UNet(recipe.unet), recipe.pretrain.batch
-        prepare, loss = pretraining_batch(recipe), pretraining_loss(recipe)
-    else:
-        model, batch = build_classifier(recipe, PROBE_CLASSES), recipe.finetune.batch
-        prepare, loss = finetuning_batch(recipe, PROBE_CLASSES), finetuning_loss(recipe)
-    model.to(device)
-    side = recipe.image.size
-    pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, PROBE_CLASSES, (batch,), device=device)
+        with device:
+            return UNet(recipe.unet), pretraining_batch(recipe), pretraining_loss(recipe)
+    with device:
+        model = build_classifier(recipe, PROBE_CLASSES)
+    return model, finetuning_batch(recipe, PROBE_CLASSES), finetuning_loss(recipe)
+
+
+def images_per_second(
+    recipe: Recipe, stage: str, device: torch.device, steps: int = 3, batch: int | None = None
+) -> float:
+    """Training speed of a stage in fp32, from a few steps on random images."""
+    model, prepare, loss = parts(recipe, stage, device)
+    if batch is None:
+        batch = (recipe.pretrain if stage == "pretrain" else recipe.finetune).batch
+    pixels, labels = random_images(recipe, batch, device)
     times = []
     for step in range(steps):
         start = time.perf_counter()
@@ -77,6 +83,13 @@ def images_per_second(recipe: Recipe, stage: str, device: torch.device, steps: i
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return batch / min(times[1:])
+
+
+def random_images(recipe: Recipe, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pixels and labels, for a probe."""
+    side = recipe.image.size
+    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, device=device)
+    return pixels, torch.randint(0, PROBE_CLASSES, (count,), device=device)
 
 
 def training_count(recipe: Recipe) -> int | None:

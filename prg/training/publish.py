@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
+from entry.config import sha256
 from prg.checkpoint import load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
@@ -21,6 +22,7 @@ def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compa
     Raises CheckpointError where the stage has no checkpoint, and whatever `export` raises.
     """
     recipe = run.recipe
+    checkpoint = run.finetuned if stage == "finetune" else run.pretrained
     classes: tuple[str, ...] | None = None
     levels: tuple[float, ...] | None = None
     model: Encoder | Classifier
@@ -37,7 +39,7 @@ def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compa
         image=run.image_spec,
         t_end=recipe.serve.t_end,
         feature=recipe.serve.feature,
-        training=training_facts(recipe.about, facts),
+        training=training_facts(recipe.about, facts) | {"checkpoint": sha256(checkpoint)},
         labels=classes,
         classify_t_end=levels,
         precision=precision,

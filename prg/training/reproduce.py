@@ -1,0 +1,177 @@
+"""Reproduce: a recipe's whole experiment in one run folder; what is done of it already stays as it is."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from entry.config import read_entry, sha256
+from prg.checkpoint import read_facts
+from prg.recipe import Optimisation, Recipe, recipe_table
+from prg.training.data import DataError, splits
+from prg.training.dry_run import images_per_second, parts, random_images, training_count
+from prg.training.evaluate import BATCH, evaluate, record
+from prg.training.finetune import finetune, finetuning_job
+from prg.training.loop import Job, device_name, refuse_other_settings, step_generator
+from prg.training.pretrain import pretrain, pretraining_job
+from prg.training.publish import publish
+from prg.training.run import Run, choose_device, choose_split
+from prg.unet import UNet
+
+GPU_FLOPS = 50e12
+"""Sustained FLOP/s assumed of a data-centre GPU: a third of the 156 TFLOP/s that NVIDIA names for an A100 in TF32,
+in which cuDNN computes fp32 convolutions by default; kernels of this size seldom reach more."""
+PROBE_FLOPS = 2e11
+"""Of one timed step on a processor: seconds, also for networks whose whole batch takes minutes there."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage would cost."""
+
+    name: str
+    steps: int
+    flops: float
+    done: int = 0
+    """Steps done already."""
+
+
+def reproduce(run: Run) -> Iterator[str]:
+    """Pretrain, fine-tune, export to the run's `entry` and evaluate that; yields a line after each stage.
+
+    Raises whatever the stages raise, CheckpointError also where a checkpoint is of another recipe.
+    """
+    job = pretraining_job(run)
+    yield from _stage("pretrain", finished(job, "trajectory.png"), lambda: pretrain(run))
+    job = finetuning_job(run, run.pretrained, *run.training_images())
+    drawn = "metrics.jsonl" if run.recipe.finetune.freeze else "curves.png"
+    yield from _stage("finetune", finished(job, drawn), lambda: finetune(run))
+    entry = run.folder / "entry"
+    exported = is_exported(run.finetuned, entry)
+    yield from _stage("export", exported, lambda: publish(run, "finetune", entry, "fp32", compact=False))
+    name, images = run.test_images()
+    known = read_entry(entry)
+    evaluated = name in (a.data for a in known.prg.versions[known.default_version].accuracy)
+    yield from _stage("evaluate", evaluated, lambda: record(entry, evaluate(entry, images, name)))
+    known = read_entry(entry)
+    [found] = [a for a in known.prg.versions[known.default_version].accuracy if a.data == name]
+    yield json.dumps(found.model_dump())
+
+
+def _stage(name: str, done: bool, work: Callable[[], object]) -> Iterator[str]:
+    if not done:
+        work()
+    yield f"{name}: done{' already' if done else ''}"
+
+
+def finished(job: Job, last: str) -> bool:
+    """Whether the job's checkpoint is that of its last step, and `last`, the file written after it, is there.
+
+    Raises CheckpointError where the checkpoint was begun with other settings.
+    """
+    if not job.checkpoint.exists():
+        return False
+    facts = read_facts(job.checkpoint)
+    refuse_other_settings(job.checkpoint, facts["settings"], job.settings)
+    return bool(facts["step"] >= facts["steps"]) and (job.folder / last).exists()
+
+
+def is_exported(checkpoint: Path, directory: Path) -> bool:
+    """Whether the entry's highest version was made of this very checkpoint."""
+    if not (directory / "config.pbtxt").is_file():
+        return False
+    entry = read_entry(directory)
+    return entry.prg.versions[entry.default_version].training.get("checkpoint") == sha256(checkpoint)
+
+
+def plan(run: Run) -> str:
+    """The resolved recipe, and each stage's steps, hours here and GPU-hours elsewhere; begins nothing."""
+    device = choose_device()
+    stages = costs(run)
+    each = stage_flops(run.recipe, "pretrain")
+    batch = run.recipe.pretrain.batch
+    if device.type == "cpu":
+        batch = int(min(batch, max(1, PROBE_FLOPS // each)))
+    speed = images_per_second(run.recipe, "pretrain", device, batch=batch) * each
+    lines = [
+        json.dumps(recipe_table(run.recipe), indent=2),
+        "",
+        f"device: {device_name(device)}, {speed / 1e9:.1f} GFLOP/s in a few steps of pretraining in fp32",
+        f"{'stage':10} {'steps':>9} {'done':>9} {'PFLOP':>12} {'hours here':>11} {'GPU-hours':>10}",
+    ]
+    total = Stage(
+        "all", sum(s.steps for s in stages), sum(s.flops for s in stages), sum(s.done for s in stages)
+    )
+    for s in (*stages, total):
+        here, there = s.flops / speed / 3600, s.flops / GPU_FLOPS / 3600
+        lines.append(
+            f"{s.name:10} {s.steps:9,} {s.done:9,} {s.flops / 1e15:12,.4g} {here:11,.4g} {there:10,.3g}"
+        )
+    lines += [
+        "hours here: FLOPs of the stage / the speed above. GPU-hours: an estimate, nothing was measured on a GPU: FLOPs",
+        f"of the stage / {GPU_FLOPS / 1e12:.0f} TFLOP/s, a third of what an A100 is sold with for TF32. Export takes minutes at most.",
+    ]
+    return "\n".join(lines)
+
+
+def costs(run: Run) -> list[Stage]:
+    """Pretraining, fine-tuning and evaluation, from their beginning. Raises DataError where no images are named."""
+    recipe = run.recipe
+    count = training_count(recipe)
+    if count is None:
+        raise DataError("the recipe names no images: say where they are with --data")
+    found = splits(recipe.data.source)
+    split = choose_split(found, recipe.data.test, recipe.data.source)
+    test = found[split].count if split else found[recipe.data.train].count - count
+    extraction = evaluation_flops(recipe) * recipe.encoder.nfe
+    stages = [
+        _training("pretrain", recipe.pretrain, count, stage_flops(recipe, "pretrain"), run.pretrained),
+        _training("finetune", recipe.finetune, count, stage_flops(recipe, "finetune"), run.finetuned),
+        Stage("evaluate", -(-test // BATCH), test * extraction),
+    ]
+    if recipe.finetune.freeze:  # features once; fitting the head is nothing beside them
+        views = len(recipe.finetune.t_end) * (2 if "flip" in recipe.finetune.augment else 1)
+        stages[1] = Stage("finetune", 1, count * views * extraction, stages[1].done)
+    return stages
+
+
+def _training(name: str, config: Optimisation, count: int, each: float, checkpoint: Path) -> Stage:
+    steps = max(1, round(config.epochs * max(1, count // config.batch)))
+    done = read_facts(checkpoint)["step"] if checkpoint.exists() else 0
+    return Stage(name, steps, steps * min(config.batch, count) * each, done)
+
+
+def stage_flops(recipe: Recipe, stage: str) -> float:
+    """FLOPs of training on one image once, forward and back, checkpointed evaluations twice.
+
+    Counted on shapes alone, of one and of two steps of the solve: every further step costs as much as the second.
+    """
+    if stage == "pretrain":
+        return _counted(recipe, stage)
+    one, two = (_counted(with_steps(recipe, n), stage) for n in (1, 2))
+    return one + (recipe.encoder.steps - 1) * (two - one)
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with so many steps of the solve."""
+    return replace(recipe, encoder=replace(recipe.encoder, steps=steps))
+
+
+def _counted(recipe: Recipe, stage: str) -> float:
+    model, prepare, loss = parts(recipe, stage, torch.device("meta"))
+    cpu = torch.device("cpu")
+    batch = prepare(*random_images(recipe, 2, cpu), step_generator(0, 0, cpu))
+    with FlopCounterMode(display=False) as counter:
+        loss(model, tuple(part.to("meta") for part in batch)).backward()
+    return counter.get_total_flops() / 2
+
+
+def evaluation_flops(recipe: Recipe) -> float:
+    """FLOPs of one evaluation of the network on one image."""
+    size = recipe.image.size
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        UNet(recipe.unet)(torch.zeros(1, 3, size, size), torch.ones(1))
+    return counter.get_total_flops()
