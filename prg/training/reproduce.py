@@ -111,8 +111,9 @@ def plan(run: Run) -> str:
             f"{s.name:10} {s.steps:9,} {s.done:9,} {s.flops / 1e15:12,.4g} {here:11,.4g} {there:10,.3g}"
         )
     lines += [
-        "hours here: FLOPs of the stage / the speed above. GPU-hours: an estimate, nothing was measured on a GPU: FLOPs",
-        f"of the stage / {GPU_FLOPS / 1e12:.0f} TFLOP/s, a third of what an A100 is sold with for TF32. Export takes minutes at most.",
+        "hours here: the stage's FLOPs by the speed above. Export takes minutes at most.",
+        "GPU-hours: an estimate, nothing was measured on a GPU: the stage's FLOPs by "
+        f"{GPU_FLOPS / 1e12:.0f} TFLOP/s, a third of what an A100 is sold with for TF32.",
     ]
     return "\n".join(lines)
 
