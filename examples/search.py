@@ -7,16 +7,19 @@ python examples/search.py query photos.usearch photo.jpg --entry model_repositor
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from usearch.index import Index
 
-from prg.client import EmbedOptions
+from entry.config import EntryError
+from prg.client import EmbedOptions, ServiceError
 from prg.embed import Embedder, Local, Remote
 
 Found = list[tuple[str, float]]
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.command(arguments)
-    except ValueError as error:
+    except (ValueError, OSError, EntryError, ServiceError, httpx.TransportError) as error:
         print(f"search: {error}", file=sys.stderr)
         return 1
     return 0
@@ -122,10 +125,12 @@ def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> 
     feature, t_end = made_by.get("feature"), made_by.get("t_end")
     embedder: Embedder
     if arguments.entry:
-        embedder = Local(arguments.entry, t_end, feature)  # type: ignore[arg-type]
+        embedder = Local(arguments.entry, t_end, feature, bool(made_by.get("normalize")))  # type: ignore[arg-type]
     elif arguments.url:
-        options = EmbedOptions(**{k: made_by[k] for k in ("model", "feature", "t_end") if made_by.get(k)})  # type: ignore[typeddict-item]
-        embedder = Remote(arguments.url, None, options)
+        options = EmbedOptions(
+            **{k: made_by[k] for k in ("model", "feature", "t_end", "normalize") if made_by.get(k)}
+        )  # type: ignore[typeddict-item]
+        embedder = Remote(arguments.url, os.environ.get("PRG_KEY"), options)
     else:
         missing = next(image for image in arguments.images if image not in known)
         raise ValueError(f"{missing} is not in the index; name the model with --entry or --url")

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entry.config import EntryError, read_entry
-from prg.checkpoint import CheckpointError
-from prg.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
-from prg.studies.catalogue import STUDIES
+
+try:
+    from prg.checkpoint import CheckpointError
+    from prg.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+    from prg.studies.catalogue import STUDIES
+except ModuleNotFoundError as missing:  # the service alone is installed without them
+    raise SystemExit(
+        f"prg: {missing.name} is not installed; run `make setup`, or pip install 'prg-service[embedded,train]'"
+    ) from None
 
 if TYPE_CHECKING:
     from prg.studies.report import Report

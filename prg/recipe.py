@@ -229,13 +229,13 @@ def _table(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
             raise RecipeError(
                 f"no recipe {name!r}: give a .toml file or one of {', '.join(shipped_recipes())}"
             )
-        text = resources.files("prg.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+        text = resources.files("prg.recipes").joinpath(f"{name}.toml").read_bytes()
     elif not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     else:
-        text = path.read_text("utf-8")
+        text = path.read_bytes()
     try:
-        table: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        table: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text.decode())
     except ValueError as error:
         raise RecipeError(f"{name}: not valid {path.suffix[1:] or 'toml'}: {error}") from None
     base = table.pop("extends", None)

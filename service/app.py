@@ -135,7 +135,8 @@ def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
         except Exception as error:  # serving goes on with what there was
             log.error("reload failed", reason=str(error))
         else:
-            log.info("reloaded", models=list(gateway.engine.models()))
+            states = {n: "ready" if s.ready else "failed" for n, s in gateway.engine.models().items()}
+            log.info("reloaded", models=states)
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload()))
 

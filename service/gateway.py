@@ -96,8 +96,10 @@ class Gateway:
 
 
 def default_model(settings: Settings, engine: Engine) -> str | None:
-    """PRG_DEFAULT_MODEL, else the first by name."""
-    return settings.default_model or next(iter(engine.models()), None)
+    """PRG_DEFAULT_MODEL, else the first by name of those that can be served, else the first."""
+    models = engine.models()
+    usable = (name for name, status in models.items() if status.entry is not None)
+    return settings.default_model or next(usable, next(iter(models), None))
 
 
 def near(value: float, levels: tuple[float, ...]) -> float | None:

@@ -51,6 +51,21 @@ def test_a_picture_of_the_index_needs_no_model(index: Path, capsys: pytest.Captu
     assert photo not in "".join(lines[1:])
 
 
+def test_the_query_is_normalised_as_the_index_is(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry, vectors = str(tmp_path / "models" / "tiny"), str(tmp_path / "unit.parquet")
+    assert prg(["embed", str(tmp_path / "photos"), "--entry", entry, "--out", vectors, "--normalize"]) == 0
+    assert main(["index", vectors, str(tmp_path / "unit.usearch")]) == 0
+    (tmp_path / "copy.png").write_bytes((tmp_path / "photos" / "07.png").read_bytes())
+    capsys.readouterr()
+    query = ["query", str(tmp_path / "unit.usearch"), str(tmp_path / "copy.png"), "--entry", entry]
+    assert main([*query, "-k", "1", "--exact"]) == 0
+    similarity, path = capsys.readouterr().out.splitlines()[1].split()
+    assert path.endswith("07.png")
+    assert float(similarity) > 0.999
+
+
 def test_what_it_refuses(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "new.png").write_bytes(png())
     assert main(["query", str(index), str(tmp_path / "new.png")]) == 1

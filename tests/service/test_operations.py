@@ -74,6 +74,15 @@ def test_a_refused_entry_is_failed_with_its_reason(start: Start, tmp_path: Path)
     assert int(refused.headers["retry-after"]) >= 1
 
 
+def test_a_broken_entry_that_comes_first_by_name_is_not_the_default(start: Start, tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path / "m", "good")
+    (write_tiny_entry(tmp_path / "m", "aaa") / "1" / "model.pt").write_bytes(b"damaged")
+    client = start(model_repository=tmp_path / "m")
+    assert client.get("/models").json()["default"] == "good"
+    assert client.post("/embed", files=IMAGE).json()["model"] == "good"
+    eventually(lambda: client.get("/health/ready").status_code == 200)
+
+
 def test_ready_once_a_canary_was_answered(client: TestClient) -> None:
     assert client.get("/health/live").json() == {"status": "live"}
     eventually(lambda: client.get("/health/ready").status_code == 200)
