@@ -29,11 +29,11 @@ FILES = ("photo.jpg", "cat.jpg", "dog.jpg", "cat.png")
 @pytest.fixture(scope="module")
 def service() -> Iterator[str]:
     """host:port of the service with the shipped model."""
-    app = create_app(Settings(model_repository=ROOT / "model_repository"))
+    app = create_app(Settings(model_repository=ROOT / "model_repository", request_timeout_s=600))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not server.started and time.monotonic() < until:
         time.sleep(0.02)
     yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
