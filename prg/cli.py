@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--write", action="store_true", help="write the figures into the entry")
     sub.add_argument("--out", type=Path, help="folder for JSON, Markdown table and figures")
     sub.add_argument("--study", choices=STUDIES, help="needs --out")
-    sub.add_argument("--limit", type=int, help="at most so many images")
+    sub.add_argument("--limit", type=_count, help="at most so many images")
     sub.add_argument(
         "--stage", choices=("pretrain", "finetune"), help="of a run, for a study: which of its models"
     )
@@ -219,6 +219,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(command=_reproduce)
     return parser
+
+
+def _count(text: str) -> int:
+    """A number of images: argparse names the flag where this raises."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} images: at least one is needed")
+    return number
 
 
 def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
