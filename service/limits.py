@@ -88,6 +88,7 @@ async def deadline(request: Request, timeout_s: float) -> AsyncIterator[float]:
             504,
             "Deadline exceeded",
             f"not done within {timeout_s:g} s; send fewer images, or come back when there is less load",
+            headers={"Connection": "close"},  # a body that is still coming in is not waited for
         ) from None
 
 

@@ -246,6 +246,7 @@ def test_the_deadline_is_504(client: TestClient, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(engine_of(client)), "infer", infer)
     response = client.post("/embed", files=IMAGE, headers={"Request-Timeout": "0.2"})
     assert response.status_code == 504
+    assert response.headers["connection"] == "close"
     assert "0.2 s" in response.json()["detail"]
     assert cancelled
 
