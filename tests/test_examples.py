@@ -171,5 +171,7 @@ def test_marks_say_why() -> None:
         "needs a GPU",
         "takes hours",
         "a sketch",
+        "needs files that others trained",
+        "run by a test of its own",
     }
     assert os.environ["OMP_NUM_THREADS"] == "1"
