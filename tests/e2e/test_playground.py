@@ -61,6 +61,7 @@ def serve(log: Path, **settings: object) -> tuple[subprocess.Popen[bytes], str]:
         except OSError:
             if process.poll() is not None or time.monotonic() > until:
                 process.kill()
+                process.wait()
                 pytest.fail(f"prg-serve did not start:\n{log.read_text()}")
             time.sleep(0.1)
 
