@@ -92,7 +92,7 @@ def test_an_entry_that_does_not_fit_says_why(
     entry = tmp_path / "entry"
     assert main(["export", str(run), str(entry)]) == 0
     command = ["finetune", str(tmp_path / "other"), "--data", str(photos), "--init", str(entry), "--freeze"]
-    assert main([*command, "--recipe", "images-32"]) == 1
+    assert main([*command, "--recipe", "images-32", "--set", "data.enlarge=true"]) == 1
     assert "image.size is 16 there, 32 in the recipe" in capsys.readouterr().err
     assert main([*command, "--recipe", "images-32", *overrides("image.mean=[0.5, 0.5, 0.5]")]) == 1
     assert "image.mean" in capsys.readouterr().err
