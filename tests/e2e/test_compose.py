@@ -173,6 +173,25 @@ def test_killed_containers_come_back(stack: Stack) -> None:
     eventually(lambda: status() == 200, 60)
 
 
+@needs_engine
+def test_the_gateway_restarts_itself_after_a_reload(stack: Stack) -> None:
+    """`docker compose kill -s HUP` would switch its restart policy off."""
+    reload = "kill -HUP 1"
+    for page in ("docs/operations.md", "docker/keys/README.md"):
+        assert f"docker compose exec gateway sh -c '{reload}'" in (ROOT / page).read_text()
+    stack.compose("exec", "-T", "gateway", "sh", "-c", reload)
+    eventually(lambda: '"reloaded"' in stack.compose("logs", "--no-color", "--tail", "50", "gateway"), 60)
+    container = stack.compose("ps", "-q", "gateway").strip()
+
+    def started() -> str:
+        return run("docker", "inspect", "-f", "{{.State.Running}} {{.State.StartedAt}}", container).strip()
+
+    before = started()
+    stack.compose("exec", "-T", "gateway", "sh", "-c", "kill -TERM 1")
+    eventually(lambda: started() != before and started().startswith("true"), 60)
+    eventually(lambda: httpx.get(f"{stack.gateway}/health/ready").status_code == 200, 60)
+
+
 def expressions() -> list[tuple[str, str]]:
     """(where, query) of every panel and alert, those of a GPU left out: there is none here."""
     dashboard = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "prg.json").read_text())
