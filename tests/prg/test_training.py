@@ -84,7 +84,21 @@ def test_other_settings_are_not_mixed_into_a_run(
     assert main(pretraining(tmp_path, photos, "pretrain.epochs=1", "pretrain.lr=0.5")) == 1
     assert "pretrain.lr was 0.001, is 0.5" in capsys.readouterr().err
     assert json.loads((tmp_path / "recipe.json").read_text())["pretrain"]["lr"] == 0.001
-    assert main(["finetune", str(tmp_path), "--recipe", "images-64", "--data", str(photos)]) == 1
+    assert (
+        main(
+            [
+                "finetune",
+                str(tmp_path),
+                "--recipe",
+                "images-64",
+                "--data",
+                str(photos),
+                "--set",
+                "data.enlarge=true",
+            ]
+        )
+        == 1
+    )
     assert "network was 'tiny16', is 'small64'" in capsys.readouterr().err
 
 
