@@ -35,7 +35,7 @@ class Runner:
         self.device = torch.device(device)
         path = check_weights(directory, self.entry, self.version)
         try:
-            self._module = torch.jit.load(str(path), map_location=self.device).eval()
+            self.module = torch.jit.load(str(path), map_location=self.device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise EntryError(f"{path}: TorchScript can't load it ({str(error).splitlines()[0]})") from None
         self._check(path)
@@ -56,7 +56,7 @@ class Runner:
         with torch.inference_mode():
             pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
             levels = torch.from_numpy(np.ascontiguousarray(t_end)).to(self.device)[:, None]
-            outputs: tuple[torch.Tensor, ...] = self._module(pixels, levels)
+            outputs: tuple[torch.Tensor, ...] = self.module(pixels, levels)
         return outputs
 
     def _check(self, path: Path) -> None:

@@ -11,13 +11,14 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from entry.config import ImageSpec, read_entry
+from entry.config import ImageSpec
 from entry.images import load_image
 from entry.runner import Runner
 from prg.checkpoint import CheckpointError, load_checkpoint, load_strictly, read_facts
 from prg.classifier import Classifier, HeadConfig
 from prg.encoder import Encoder, EncoderConfig
 from prg.recipe import Image
+from prg.training.augmentation import normalise
 from prg.unet import PRESETS, UNet, UNetConfig
 
 
@@ -48,10 +49,7 @@ class Model:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> the network's units."""
-        mean, std = (
-            torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.image.mean, self.image.std)
-        )
-        return (pixels.float() / 255 - mean) / std
+        return normalise(pixels, self.image.mean, self.image.std)
 
     def encode(self, x: Tensor, t_end: float | Tensor) -> Encoding:
         """Reverse x [B, 3, S, S] to t_end, a number or one an image [B]. The gradient is that of the solve."""
@@ -75,9 +73,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """
     path = Path(path)
     if (path / "config.pbtxt").is_file():
-        prg = read_entry(path).prg
-        runner = Runner(path)  # checks the file's sum
-        scripted: Any = torch.jit.load(str(path / runner.version / "model.pt"), map_location=device)
+        runner = Runner(path, device=str(device))
+        prg, scripted = runner.entry.prg, runner.module
         inner: Any = scripted.encoder if prg.labels is None else scripted.classifier
         encoder = inner if prg.labels is None else inner.encoder
         return Model(inner, encoder, prg.image, prg.labels or ())

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entry.config import EntryError, check_weights, read_entry
+from entry.config import EntryError
+from entry.runner import Runner
 from prg.encoder import pooled_state
 from prg.paths import PATHS
 from prg.solver import TABLEAUS, integrate
 from prg.training.augmentation import normalise
 from prg.training.data import Images
 from prg.training.progress import track
+from prg.training.run import choose_device
 
 BATCH = 64
 
@@ -52,23 +54,17 @@ class Subject:
     """
 
     def __init__(self, directory: Path, version: str | None = None, name: str | None = None) -> None:
-        entry = read_entry(directory)
-        self.version = version or entry.default_version
-        if self.version not in entry.prg.versions:
-            raise EntryError(
-                f"{directory}: no version {self.version!r} (there are: {', '.join(entry.prg.versions)})"
-            )
-        path = check_weights(directory, entry, self.version)
-        self.name = name or entry.name
+        self.device = choose_device()
+        runner = Runner(directory, version, str(self.device))
+        entry, module = runner.entry, runner.module
+        self.version, self.name = runner.version, name or entry.name
         self.entry, self.prg = entry, entry.prg
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        module: Any = torch.jit.load(str(path), map_location=self.device).eval()
         try:
             self._classifier: Any | None = module.classifier if entry.prg.labels else None
             self._encoder: Any = (self._classifier or module).encoder
             self._field: Any = self._encoder.solver.velocity
         except AttributeError as error:
-            raise EntryError(f"{path}: not a module that `prg export` writes ({error})") from None
+            raise EntryError(f"{directory}: not a module that `prg export` writes ({error})") from None
 
     @property
     def own(self) -> Solve:
