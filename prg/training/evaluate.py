@@ -26,12 +26,14 @@ class Evaluation:
     calibration: Calibration
 
 
-def evaluate(directory: Path, images: Images, name: str, version: str | None = None) -> Evaluation:
+def evaluate(
+    directory: Path, images: Images, name: str, version: str | None = None, device: str = "cpu"
+) -> Evaluation:
     """Classify labelled images with the entry's model.pt; `name` says what they are.
 
     Raises EntryError for an entry without head, DataError for images without labels or of other classes.
     """
-    runner = Runner(directory, version)
+    runner = Runner(directory, version, device)
     prg = runner.entry.prg
     if prg.labels is None or prg.classify_t_end is None:
         raise EntryError(

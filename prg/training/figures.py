@@ -1,6 +1,8 @@
 """Pictures beside a checkpoint: loss curve, generated samples, reverse trajectory."""
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,19 @@ from prg.unet import UNet
 LEVELS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 
 
+def can_plot() -> bool:
+    """Whether curves can be drawn here."""
+    return find_spec("matplotlib") is not None
+
+
 def loss_curve(folder: Path) -> None:
-    """metrics.jsonl -> curves.png: training loss, and every figure measured on the validation images."""
+    """metrics.jsonl -> curves.png: training loss, and every figure measured on the validation images.
+
+    Where matplotlib is missing, as on a rented machine it may be, the training is worth more than its picture.
+    """
+    if not can_plot():
+        print(f"{folder / 'curves.png'}: not drawn, matplotlib is not installed", file=sys.stderr)
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,6 +14,7 @@ from prg.recipe import Optimisation, Recipe, recipe_table
 from prg.training.data import DataError, splits
 from prg.training.dry_run import images_per_second, parts, random_images, training_count
 from prg.training.evaluate import BATCH, evaluate, record
+from prg.training.figures import can_plot
 from prg.training.finetune import finetune, finetuning_job
 from prg.training.loop import Job, device_name, refuse_other_settings, step_generator
 from prg.training.pretrain import pretrain, pretraining_job
@@ -47,7 +48,7 @@ def reproduce(run: Run) -> Iterator[str]:
     job = pretraining_job(run)
     yield from _stage("pretrain", finished(job, "trajectory.png"), lambda: pretrain(run))
     job = finetuning_job(run, run.pretrained, *run.training_images())
-    drawn = "metrics.jsonl" if run.recipe.finetune.freeze else "curves.png"
+    drawn = "metrics.jsonl" if run.recipe.finetune.freeze or not can_plot() else "curves.png"
     yield from _stage("finetune", finished(job, drawn), lambda: finetune(run))
     entry = run.folder / "entry"
     exported = is_exported(run.finetuned, entry)
