@@ -336,9 +336,9 @@ def pack(run: Run, out: Path, found: dict[str, Any]) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("result.tar.*"):
         old.unlink()
-    parts = []
-    with archive.open("rb") as file:
-        while piece := file.read(PART_BYTES):
+    parts: list[Path] = []
+    with archive.open("rb") as content:
+        while piece := content.read(PART_BYTES):
             parts.append(out / f"result.tar.{len(parts):02}")
             parts[-1].write_bytes(piece)
     digest = out / "result.tar.sha256"

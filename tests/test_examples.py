@@ -88,8 +88,9 @@ def test_options_in_running_text_exist() -> None:
     asked = {w for span in re.findall(r"`([^`]+)`", text) for w in re.findall(r"(?<!\S)--[a-z][a-z-]+", span)}
     actions = _parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
     known = {word for parser in actions for word in parser._option_string_actions}
-    script = (ROOT / "examples" / "search.py").read_text("utf-8")
-    known |= set(re.findall(r'"(--[a-z-]+)"', script)) | {"--new-key", "--wait", "--rm"}
+    for script in (ROOT / "examples").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf-8")))
+    known |= {"--new-key", "--wait", "--rm"}
     assert asked <= known
     assert "--dry-run" in asked
 
