@@ -52,8 +52,8 @@ LAST: dict[Stage, str] = {"pretrain": "trajectory.png", "finetune": "metrics.jso
 """The file of a stage by which it is known to have ended."""
 ENDING_S = 60.0
 """Kept for export, evaluation and packing."""
-RESTART_S = 30.0
-"""Kept for each further call: imports, images, packing."""
+RESTART_S = 45.0
+"""Kept for each further call: its start, imports, images, packing."""
 MARGIN = 0.95
 """Share of the time that is planned: a GPU is not equally fast all the time."""
 WARM_UP_STEPS, PROBE_S = 10, 8.0
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="prg-cifar10", help="of the entry (default: prg-cifar10)")
     parser.add_argument("--minutes", type=float, default=23.0, help="from the first call on (default: 23)")
     parser.add_argument(
-        "--sitting", type=float, default=8.5, help="minutes that one call trains (default: 8.5)"
+        "--sitting", type=float, default=8.25, help="minutes that one call trains (default: 8.25)"
     )
     asked = parser.parse_args(argv)
     if min(asked.minutes, asked.sitting) <= 0:

@@ -4,6 +4,7 @@ import io
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from entry.runner import Runner
 from examples import half_hour
 from prg.checkpoint import read_facts
 from prg.recipe import load_recipe
+from prg.training.figures import loss_curve
 from prg.training.finetune import build_classifier
 from prg.training.loop import Trainer
 from tests.prg.workshop import CLASSES, SETTINGS
@@ -123,6 +125,19 @@ def test_an_error_is_explained(call: list[str], tmp_path: Path, capsys: pytest.C
     call[1] = str(tmp_path / "nothing")
     assert half_hour.main(call) == 1
     assert f"{tmp_path / 'nothing'}: no such folder" in capsys.readouterr().err
+
+
+def test_where_matplotlib_is_missing_there_is_no_curve_and_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2.0}\n')
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        loss_curve(tmp_path)
+    assert "curves.png: not drawn, matplotlib is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "curves.png").exists()
+    loss_curve(tmp_path)
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_the_recipe_makes_an_entry_that_can_be_carried() -> None:
