@@ -21,6 +21,7 @@ from PIL import Image
 
 from entry.images import load_image
 from entry.runner import Runner
+from service.settings import Settings
 from tests.real_triton.server import find_server, free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -235,6 +236,18 @@ def test_the_compose_file_is_valid(profiles: str) -> None:
     assert triton["networks"]["default"]["aliases"] == ["triton"]
     assert "ports" not in triton
     assert triton["volumes"][0]["read_only"]
+
+
+def test_every_setting_reaches_the_gateway() -> None:
+    """But those that the image fixes, and those of the embedded engine alone."""
+    fixed = {"host", "port"}
+    embedded = {"model_repository", "max_batch", "max_delay_ms"}
+    passed = compose_file()["services"]["gateway"]["environment"]
+    assert passed.keys() == {
+        f"PRG_{name.upper()}" for name in Settings.model_fields.keys() - fixed - embedded
+    }
+    chosen = {"PRG_ENGINE": "triton", "PRG_TRITON_URL": "${PRG_TRITON_URL:-triton:8001}"}
+    assert passed == {name: f"${{{name}:-}}" for name in passed} | chosen
 
 
 def test_triton_publishes_no_port_and_reads_only() -> None:
