@@ -43,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = make_engine(settings, metrics)
-        readiness = Readiness(engine, lambda: default_model(settings, engine), metrics)
+        readiness = Readiness(engine, lambda: default_model(settings, engine))
         fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
         inference = Inference(engine, fetcher, settings.image_limits, settings.queue_images, metrics)
         gateway = Gateway(settings, engine, inference, readiness, keys, metrics)
@@ -137,6 +137,7 @@ def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
         return  # signals belong to the main thread
 
     async def reload() -> None:
+        log.info("reloading")
         try:
             gateway.keys.reload()
         except SettingsError as error:  # the old keys stay, and the models are looked at all the same

@@ -21,6 +21,7 @@ from PIL import Image
 
 from entry.images import load_image
 from entry.runner import Runner
+from service.readiness import FRESH_S
 from service.settings import Settings
 from tests.real_triton.server import find_server, free_ports
 
@@ -270,6 +271,26 @@ def test_every_alert_fires_when_it_must() -> None:
     for panel in dashboard["panels"]:
         for target in panel.get("targets", ()):
             assert "nv_gpu" not in target["expr"] or f"expr: {target['expr']}\n" in tested
+
+
+def test_the_operations_page_says_when_not_ready_fires() -> None:
+    folder = ROOT / "docker" / "prometheus"
+    rules = yaml.safe_load((folder / "alerts.yml").read_text())["groups"][0]["rules"]
+    every = yaml.safe_load((folder / "prometheus.yml").read_text())["global"]
+    waits, scrape, evaluation = (
+        int(text.removesuffix("s"))
+        for text in (
+            next(rule["for"] for rule in rules if rule["alert"] == "NotReady"),
+            every["scrape_interval"],
+            every["evaluation_interval"],
+        )
+    )
+    soonest = int(FRESH_S) + waits
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert (
+        f"not even to a canary, for {soonest} to {soonest + scrape + evaluation} s: it counts as not ready "
+        f"after {FRESH_S:.0f} s, the alert waits {waits} s more, Prometheus looks every {scrape} s"
+    ) in page
 
 
 def test_the_operations_page_has_every_alert_and_metric() -> None:

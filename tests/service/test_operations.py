@@ -123,7 +123,7 @@ def test_readiness_follows_answers_and_ignores_rejections(client: TestClient) ->
     async def scene() -> None:
         nonlocal now
         asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
-        readiness = Readiness(engine, lambda: "tiny", Metrics())  # type: ignore[arg-type]
+        readiness = Readiness(engine, lambda: "tiny")  # type: ignore[arg-type]
         assert readiness.reason()
         await readiness._canary()
         assert readiness.reason() is None
@@ -151,6 +151,14 @@ def test_readiness_follows_answers_and_ignores_rejections(client: TestClient) ->
     finally:
         loop.time = real  # type: ignore[method-assign]
         loop.close()
+
+
+def test_the_metric_of_readiness_is_what_readiness_says_at_that_moment(client: TestClient) -> None:
+    client.post("/embed", files=IMAGE)
+    assert "prg_ready 1.0" in client.get("/metrics").text
+    client.app.state.gateway.readiness.stopping = True  # type: ignore[attr-defined]
+    assert client.get("/health/ready").status_code == 503
+    assert "prg_ready 0.0" in client.get("/metrics").text
 
 
 def test_metrics_count_by_route_and_parse(client: TestClient) -> None:
