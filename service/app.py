@@ -52,9 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(readiness.watch())
             _on_hangup(tasks, gateway)
-            log.info(
-                "serving", models={n: "ready" if s.ready else "failed" for n, s in engine.models().items()}
-            )
+            log.info("serving", models={n: s.state for n, s in engine.models().items()})
             yield
             readiness.stopping = True
             watch.cancel()
@@ -147,7 +145,7 @@ def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
         except Exception as error:  # serving goes on with what there was
             log.error("reload failed", reason=str(error))
         else:
-            states = {n: "ready" if s.ready else "failed" for n, s in gateway.engine.models().items()}
+            states = {n: s.state for n, s in gateway.engine.models().items()}
             log.info("reloaded", models=states)
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload()))
