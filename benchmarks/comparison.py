@@ -1,0 +1,352 @@
+"""Does pretraining help? PRG and what it is compared with, by share of the labels. Prints one JSON line last.
+
+Every arm that is trained sees images for the same FLOPs, on the same labelled images, with the same optimiser,
+augmentation and averaging; its learning rate is chosen on images held back from training. The test split is read
+once per run of the table. Results are kept in the folder, so that the same command goes on where it was stopped.
+
+PYTHONPATH=. python benchmarks/comparison.py FOLDER --data IMAGES [--images N] [--out docs/results]
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.resnet import ResNet, width_of_flops
+from entry.config import write_atomically
+from prg.classifier import Classifier
+from prg.recipe import Recipe, load_recipe, recipe_table
+from prg.studies.probes import linear_probe, top1
+from prg.studies.report import Report, conditions, draw_axes, table, write
+from prg.studies.subject import Subject
+from prg.training.augmentation import normalise
+from prg.training.data import Images
+from prg.training.finetune import build_classifier, finetuning_batch
+from prg.training.initial import load_initial
+from prg.training.loop import Batch, Job, train
+from prg.training.memory import keep_freed_memory
+from prg.training.run import Run, choose_device
+
+SHARES = (0.01, 0.1, 1.0)
+SEEDS = (0, 1, 2)
+RATES = (1e-3, 3e-3)
+RATES_AT = 0.1
+"""The share of labels at which each arm's learning rate is chosen, with the first seed."""
+PROBES = {"state": "PRG, frozen, linear probe on STATE", "hidden": "PRG, frozen, linear probe on HIDDEN"}
+
+
+def probe_seeds(share: float) -> tuple[int, ...]:
+    """With all labels nothing is drawn, and a probe's fit is convex."""
+    return SEEDS[:1] if share == 1 else SEEDS
+
+
+class Logits(nn.Module):
+    """Any of the arms as images to logits: [B, 3, S, S] -> [B, K]."""
+
+    def __init__(self, inner: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.through = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through(self.inner, x)
+
+
+def reversed_to(level: float) -> Callable[[Classifier, Tensor], Tensor]:
+    """The whole: the reverse solve to `level`, then the head."""
+    return lambda model, x: model(x, x.new_full((len(x),), level))[2]
+
+
+def at_one(model: Classifier, x: Tensor) -> Tensor:
+    """No solve: activations of the image itself at t = 1, and the pooled image as state."""
+    encoder = model.encoder
+    one = x.new_full((len(x),), encoder.t_start)
+    state = F.adaptive_avg_pool2d(x, (16, 16)).flatten(1)
+    return model.head(model.head_input(state, encoder.field.activations(x, one, encoder.blocks)))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a classifier that is trained."""
+
+    title: str
+    build: Callable[[Recipe, int, Path], Logits]
+    """build(recipe, classes, pretrained entry) -> the model before training."""
+
+
+def prg_arm(title: str, pretrained: bool, reverse: bool) -> Arm:
+    """The recipe's own network and head."""
+
+    def build(recipe: Recipe, classes: int, entry: Path) -> Logits:
+        model = build_classifier(recipe, classes)
+        if pretrained:
+            load_initial(model.encoder.net, recipe, entry)
+        return Logits(model, reversed_to(recipe.finetune.t_end[0]) if reverse else at_one)
+
+    return Arm(title, build)
+
+
+def resnet_arm(recipe: Recipe, classes: int, _: Path) -> Logits:
+    """A ResNet of the FLOPs of the recipe's extraction."""
+    whole = flops(Logits(build_classifier(recipe, classes), reversed_to(0.5)), recipe)
+    width = width_of_flops(whole, recipe.image.size, classes)
+    return Logits(ResNet(width, classes), lambda model, x: model(x))
+
+
+ARMS = {
+    "resnet": Arm("ResNet of the same FLOPs", resnet_arm),
+    "scratch": prg_arm("PRG's network and head, without pretraining", pretrained=False, reverse=True),
+    "at-one": prg_arm("pretrained, no reverse solve (T_END = 1)", pretrained=True, reverse=False),
+    "finetuned": prg_arm("PRG, fine-tuned", pretrained=True, reverse=True),
+}
+
+
+def flops(model: nn.Module, recipe: Recipe) -> int:
+    """Of one image's logits; a multiply-add counts two."""
+    x = torch.zeros(1, 3, recipe.image.size, recipe.image.size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    model.train()
+    return counter.get_total_flops()
+
+
+def labelled_share(images: Images, share: float, seed: int) -> Images:
+    """So large a share of each class's images, at least one, the same for the same seed."""
+    if share == 1:
+        return images
+    assert images.labels is not None
+    random = np.random.default_rng([seed, 0xC0])
+    chosen = []
+    for label in range(len(images.classes)):
+        index = random.permutation(np.flatnonzero(images.labels == label))
+        chosen.append(index[: max(1, round(share * len(index)))])
+    return images.subset(np.sort(np.concatenate(chosen)))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, recipe: Recipe) -> float:
+    """Top-1 over all images."""
+    right = 0
+    assert images.labels is not None
+    for start in range(0, len(images), 250):
+        pixels = torch.from_numpy(np.ascontiguousarray(images.pixels[start : start + 250]))
+        x = normalise(pixels.to(choose_device()), recipe.image.mean, recipe.image.std)
+        right += int((model(x).argmax(1).cpu().numpy() == images.labels[start : start + 250]).sum())
+    return right / len(images)
+
+
+class Comparison:
+    """The runs of the table, each kept in results.json as soon as it is known."""
+
+    def __init__(self, folder: Path, recipe: Recipe, entry: Path, count: int) -> None:
+        self.folder, self.recipe, self.entry, self.count = folder, recipe, entry, count
+        self.run = Run(folder, recipe)
+        self.training, self.held = self.run.training_images()
+        self.test_name, self.test = self.run.test_images()
+        self.path = folder / "results.json"
+        told = {
+            "recipe": recipe_table(recipe),
+            "images": count,
+            "entry": Subject(entry).prg.versions["1"].sha256,
+        }
+        fresh: dict[str, Any] = {"settings": json.loads(json.dumps(told)), "rates": {}, "runs": {}}
+        self.kept = json.loads(self.path.read_text()) if self.path.exists() else fresh
+        if self.kept["settings"] != fresh["settings"]:
+            raise SystemExit(f"{self.path}: of other settings; use those, or another folder")
+        self.precision: Any = self.kept.get("precision", recipe.finetune.precision)
+
+    def keep(self) -> None:
+        """Write what is known so far."""
+        write_atomically(self.path, (json.dumps(self.kept, indent=1) + "\n").encode())
+
+    def train(self, name: str, share: float, seed: int, rate: float, judged: Images) -> dict[str, Any]:
+        """One run of an arm, from its beginning or its checkpoint; how right it is on `judged`."""
+        recipe = replace(self.recipe, seed=seed)
+        images = labelled_share(self.training, share, seed)
+        classes = len(images.classes)
+        torch.manual_seed(seed)
+        model = ARMS[name].build(recipe, classes, self.entry)
+        cost = flops(model, recipe)
+        whole = flops(ARMS["scratch"].build(recipe, classes, self.entry), recipe)
+        seen = round(self.count * whole / cost)  # equal compute: a cheaper arm sees more images
+        batch = min(recipe.finetune.batch, len(images))
+        steps_per_epoch = max(1, len(images) // batch)
+        steps = max(1, round(seen / batch))
+        config = replace(
+            recipe.finetune, lr=rate, batch=batch, epochs=steps / steps_per_epoch, precision=self.precision
+        )
+        prepare = finetuning_batch(replace(recipe, finetune=config), classes)
+        folder = self.folder / f"{name}-{share:g}-{seed}-{rate:g}"
+        job = Job(
+            kind="finetune",
+            model=model,
+            prepare=prepare,
+            loss=lambda m, parts: supervised(m, parts, config.label_smoothing),
+            validate=lambda m: {},
+            images=images,
+            config=config,
+            seed=seed + 1,
+            settings={"arm": name, "share": share, "seed": seed, "rate": rate, "steps": steps},
+            folder=folder,
+            device=choose_device(),
+            begun=lambda: None,
+            facts={},
+        )
+        trainer = train(job)
+        self.precision = self.kept["precision"] = trainer.precision
+        with trainer.averaged() as averaged:
+            found = accuracy(averaged, judged, recipe)
+        shutil.rmtree(folder)
+        return {"top1": found, "images": steps * batch, "seconds": trainer.seconds, "gflop": cost / 1e9}
+
+    def rate(self, name: str) -> float:
+        """The arm's learning rate, chosen on images held back from training."""
+        if name not in self.kept["rates"]:
+            tried = {r: self.train(name, RATES_AT, SEEDS[0], r, self.held)["top1"] for r in RATES}
+            self.kept["rates"][name] = {"tried": tried, "chosen": max(tried, key=lambda r: tried[r])}
+            self.keep()
+        return float(self.kept["rates"][name]["chosen"])
+
+    def frozen(self) -> None:
+        """Linear probes on both frozen features: features once, then a fit for each share and seed."""
+        wanted = [(name, share, seed) for name in PROBES for share in SHARES for seed in probe_seeds(share)]
+        if all(f"{name}/{share:g}/{seed}" in self.kept["runs"] for name, share, seed in wanted):
+            return
+        subject = Subject(self.entry)
+        level = self.recipe.finetune.t_end[0]
+        started = time.monotonic()
+        features = [subject.features(i, level, subject.own) for i in (self.training, self.test)]
+        seconds = time.monotonic() - started
+        everything = replace(self.training, pixels=np.arange(len(self.training)))
+        assert self.test.labels is not None
+        for name, share, seed in wanted:
+            fitted, judged = (getattr(f, name) for f in features)
+            some = labelled_share(everything, share, seed)
+            assert some.labels is not None
+            probe = linear_probe(fitted[some.pixels], some.labels, len(some.classes))
+            found = top1(probe.logits(judged), self.test.labels)
+            self.kept["runs"][f"{name}/{share:g}/{seed}"] = {"top1": found, "seconds": seconds}
+        self.keep()
+
+    def trained(self) -> None:
+        """Every arm that is trained, the small shares first."""
+        for share in SHARES:
+            for name in ARMS:
+                rate = self.rate(name)
+                for seed in SEEDS:
+                    key = f"{name}/{share:g}/{seed}"
+                    if key not in self.kept["runs"]:
+                        self.kept["runs"][key] = self.train(name, share, seed, rate, self.test)
+                        self.keep()
+                        print(f"{key}: {self.kept['runs'][key]['top1']:.4f}", file=sys.stderr)
+
+    def report(self) -> Report:
+        """The table: mean and spread (standard deviation) over the seeds."""
+        titles = {**{k: a.title for k, a in ARMS.items()}, **PROBES}
+        order = ("resnet", "scratch", "at-one", "state", "hidden", "finetuned")
+        found = {
+            (name, share): [
+                self.kept["runs"][key]["top1"]
+                for seed in SEEDS
+                if (key := f"{name}/{share:g}/{seed}") in self.kept["runs"]
+            ]
+            for name in order
+            for share in SHARES
+        }
+        rows = [(titles[name], *(cell(found[name, share]) for share in SHARES)) for name in order]
+        return Report(
+            title="Does pretraining help?",
+            about="Top-1 accuracy in per cent on the test split, mean ± standard deviation over "
+            f"{len(SEEDS)} seeds (which draw the labelled images, the initial weights of what is not pretrained, "
+            "and the order), by the share of the training split's labels. All trained arms spend the same FLOPs "
+            "on labelled images and share optimiser, augmentation and averaging; each arm's learning rate is "
+            "the better of two on images held back. Pretraining on the same images without their labels comes "
+            "on top, and is spent once. A probe's fit is convex, so with all labels nothing in it is random.",
+            columns=("arm", *(f"{100 * share:g} % of labels" for share in SHARES)),
+            rows=rows,
+            figures={"": draw_axes(lambda axes: paint(axes, found, titles), width=7.5)},
+            facts={"rates": self.kept["rates"], "runs": self.kept["runs"]},
+            conditions={
+                "data": self.test_name,
+                "images_judged": len(self.test),
+                "images_labelled": ", ".join(f"{len(labelled_share(self.training, s, 0)):,}" for s in SHARES),
+                "images_seen_in_training": self.count,
+                "pretrained": f"{self.entry.name}, {self.kept['settings']['entry'][:12]}",
+                "precision": self.precision,
+                **conditions(),
+            },
+        )
+
+
+def supervised(model: nn.Module, batch: Batch, smoothing: float) -> Tensor:
+    """Label-smoothed cross-entropy of the logits."""
+    x, labels, *_ = batch
+    return F.cross_entropy(model(x).float(), labels, label_smoothing=smoothing)
+
+
+def cell(found: list[float]) -> str:
+    """62.1 ± 0.3."""
+    mean = f"{100 * statistics.mean(found):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(found):.1f}" if len(found) > 1 else mean
+
+
+def paint(axes: Any, found: dict[tuple[str, float], list[float]], titles: dict[str, str]) -> None:
+    """A line an arm over the number of labels."""
+    for name in dict.fromkeys(name for name, _ in found):
+        points = [found[name, share] for share in SHARES]
+        mean = [100 * statistics.mean(p) for p in points]
+        spread = [100 * statistics.stdev(p) if len(p) > 1 else 0.0 for p in points]
+        axes[0].errorbar(
+            [100 * s for s in SHARES], mean, spread, marker="o", markersize=4, capsize=3, label=titles[name]
+        )
+    axes[0].set_xscale("log")
+    axes[0].set_xticks([100 * s for s in SHARES], [f"{100 * s:g} %" for s in SHARES])
+    axes[0].set_xlabel("share of the labels")
+    axes[0].set_ylabel("top-1, %")
+    axes[0].grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where results are kept while the table is made")
+    parser.add_argument("--data", required=True, help="labelled images, with a test split")
+    parser.add_argument("--recipe", default="cifar10-small")
+    parser.add_argument("--entry", type=Path, default=Path("model_repository/prg-cifar10-pretrained"))
+    parser.add_argument("--images", type=int, default=19200, help="that each run trains on, repeats counted")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
+    parser.add_argument("--out", type=Path, help="write comparison.md, .json and .png here")
+    arguments = parser.parse_args(argv)
+    keep_freed_memory()
+    overrides = [f'data.source="{arguments.data}"', "finetune.batch=128", *arguments.set]
+    comparison = Comparison(
+        arguments.folder, load_recipe(arguments.recipe, overrides), arguments.entry, arguments.images
+    )
+    comparison.frozen()
+    comparison.trained()
+    report = comparison.report()
+    print(table(report))
+    command = f"PYTHONPATH=. python benchmarks/comparison.py FOLDER --data {Path(arguments.data).name}/"
+    report.conditions["command"] = f"{command} --images {arguments.images}"
+    if arguments.out:
+        write(report, arguments.out, "comparison")
+    print(json.dumps({"benchmark": "comparison", "rows": report.rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
