@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from entry.config import ImageSpec
-from entry.preprocessing import preprocess
+from entry.preprocessing import NotFinite, preprocess
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are parsed at all. Few and well-trodden, because parsers of exotic formats are where the
@@ -65,7 +65,7 @@ def load_image(data: bytes, spec: ImageSpec, limits: Limits = Limits()) -> np.nd
     """Decode and preprocess one image file: uint8 [3, S, S].
 
     Raises ImageError: 413 over the byte or pixel cap (known from the header, before a pixel is decoded), 415
-    for a format that is not accepted, 422 for what can't be decoded.
+    for a format that is not accepted, 422 for what can't be decoded or has pixels that are no numbers.
     """
     if not data:
         raise ImageError(422, "Empty image", "the image is empty (0 bytes)")
@@ -87,6 +87,10 @@ def load_image(data: bytes, spec: ImageSpec, limits: Limits = Limits()) -> np.nd
         try:
             with _large if pixels > LARGE_PIXELS else nullcontext():
                 return image_array(picture, spec)
+        except NotFinite as error:
+            raise ImageError(
+                422, "Image not usable", f"{error}; give them values, in [0, 1] or in [0, 255]"
+            ) from None
         except Exception as error:  # decoders raise nearly anything on hostile files; nothing else runs here
             raise ImageError(
                 422,

@@ -24,6 +24,10 @@ STRIP_ROWS = 64
 SRGB = ImageCms.createProfile("sRGB")
 
 
+class NotFinite(ValueError):
+    """Pixels of floats that are no numbers."""
+
+
 def preprocess(picture: Image.Image, spec: ImageSpec) -> Image.Image:
     """An opened picture of any mode -> RGB of size x size, by the preprocessing that `spec` names."""
     return PREPROCESSINGS[spec.preprocessing](picture, spec)
@@ -70,14 +74,18 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     """Greyscale of 16 or 32 bits scaled to 8; any other mode as it is.
 
     Integers are taken to fill 16 bits, which is what files of these modes hold; floats to lie in [0, 1], or
-    in [0, 255] if one is above 1.
+    in [0, 255] if one is above 1. Raises NotFinite where a float is no number: whatever stood in for it
+    would be looked at like the picture.
     """
     if picture.mode.startswith("I"):
         return _grey(np.asarray(picture), lambda v: (v.astype(np.int64).clip(0, 65535) + 128) // 257, picture)
     if picture.mode == "F":
         reals = np.asarray(picture)
-        scale = 255 if np.nanmax(np.where(np.isfinite(reals), reals, 0), initial=0) <= 1 else 1
-        return _grey(reals, lambda v: (np.nan_to_num(v) * scale).clip(0, 255).round(), picture)
+        strange = reals.size - np.count_nonzero(np.isfinite(reals))
+        if strange:
+            raise NotFinite(f"{strange:,} of {reals.size:,} pixels are NaN or infinite")
+        scale = 255 if reals.max(initial=0) <= 1 else 1
+        return _grey(reals, lambda v: (v * scale).clip(0, 255).round(), picture)
     return picture
 
 

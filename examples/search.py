@@ -88,7 +88,9 @@ def read_vectors(path: Path) -> tuple[np.ndarray, list[str], dict[str, object]]:
     """(vectors float32 [N, D], their files' paths, what they were made by) as `prg embed` wrote them."""
     if path.suffix == ".npy":
         lines = path.with_suffix(".jsonl").read_text("utf-8").splitlines()
-        return np.load(path), [json.loads(line)["path"] for line in lines], {}
+        about = path.with_suffix(".about.json")
+        made_by = json.loads(about.read_text("utf-8")) if about.exists() else {}
+        return np.load(path), [json.loads(line)["path"] for line in lines], made_by
     table = pq.read_table(path)
     made_by = json.loads((table.schema.metadata or {}).get(b"prg", b"{}"))
     vectors = np.asarray(table["embedding"].combine_chunks().flatten())
@@ -107,7 +109,7 @@ def query(arguments: argparse.Namespace) -> None:
         # One more than asked for: a picture of the index is its own nearest.
         found = index.search(vector, arguments.k + 1, exact=arguments.exact)
         hits = [(about.paths[int(m.key)], 1 - float(m.distance)) for m in found]
-        hits = [hit for hit in hits if hit[0] != image][: arguments.k]
+        hits = [hit for hit in hits if Path(hit[0]).resolve() != Path(image).resolve()][: arguments.k]
         rows.append(hits)
         print(image)
         for path, similarity in hits:
@@ -118,9 +120,10 @@ def query(arguments: argparse.Namespace) -> None:
 
 def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> np.ndarray:
     """float32 [N, D], centred like the index. Raises ValueError where a picture has none."""
-    known = {path: row for row, path in enumerate(about.paths) if row in index}
-    if all(image in known for image in arguments.images):
-        return np.stack([index[known[image]] for image in arguments.images])
+    known = {Path(path).resolve(): row for row, path in enumerate(about.paths) if row in index}
+    missing = [image for image in arguments.images if Path(image).resolve() not in known]
+    if not missing:
+        return np.stack([index[known[Path(image).resolve()]] for image in arguments.images])
     made_by = about.made_by
     feature, t_end = made_by.get("feature"), made_by.get("t_end")
     embedder: Embedder
@@ -132,8 +135,7 @@ def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> 
         )  # type: ignore[typeddict-item]
         embedder = Remote(arguments.url, os.environ.get("PRG_KEY"), options)
     else:
-        missing = next(image for image in arguments.images if image not in known)
-        raise ValueError(f"{missing} is not in the index; name the model with --entry or --url")
+        raise ValueError(f"{missing[0]} is not in the index; name the model with --entry or --url")
     rows = embedder.embed([Path(image) for image in arguments.images])
     embedder.close()
     if rows.errors:

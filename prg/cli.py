@@ -186,7 +186,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: prg embed photos/ --entry model_repository/prg-cifar10 --out vectors.parquet",
     )
     sub.add_argument("paths", nargs="+", help="folders (all levels of them), files, or patterns in quotes")
-    sub.add_argument("--out", type=Path, required=True, help="NAME.parquet, or NAME.npy and NAME.jsonl")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="NAME.parquet, or NAME.npy with NAME.jsonl and NAME.about.json",
+    )
     where = sub.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--entry", type=Path, help="compute here, with this entry, such as model_repository/mine"

@@ -145,9 +145,10 @@ class Remote:
 def embed(sources: Iterable[str], out: Path, embedder: Embedder) -> int:
     """Write embeddings of all images of `sources` to `out` (.npy or .parquet); returns how many failed.
 
-    A .npy has a .jsonl beside it with each row's path, and its error; a .parquet has both as columns, and says
-    in its metadata "prg" which weights, feature and level its vectors are of. What was done before an interruption
-    is kept in OUT.parts. Raises DataError where there is nothing to embed, or the parts are of something else.
+    A .npy has a .jsonl beside it with each row's path, and its error, and an .about.json that says which weights,
+    feature and level its vectors are of; a .parquet has the first two as columns, the other in its metadata, as
+    "prg". What was done before an interruption is kept in OUT.parts. Raises DataError where there is nothing to
+    embed, or the parts are of something else.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: must end in .npy or .parquet")
@@ -235,6 +236,7 @@ def _write(
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(out.with_suffix(".jsonl"), text.encode())
+        write_atomically(out.with_suffix(".about.json"), json.dumps(about).encode())
         with temporary.open("wb") as file:
             np.save(file, vectors)
     else:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from service.inference import Engine, Inference
 from service.limits import BodyLimit
 from service.readiness import Readiness
 from service.routes import classify, embed, models, openai, operations, pages
-from service.settings import Settings, SettingsError, load_settings
+from service.settings import Settings, SettingsError, load_settings, unknown_variables
 from service.telemetry import Metrics, Telemetry, configure_logs, log
 
 DESCRIPTION = """Image features and classes out of a generative model reversed (PRG).
@@ -42,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = make_engine(settings, metrics)
-        readiness = Readiness(engine, lambda: default_model(settings, engine), metrics)
+        readiness = Readiness(engine, lambda: default_model(settings, engine))
         fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
         inference = Inference(engine, fetcher, settings.image_limits, settings.queue_images, metrics)
         gateway = Gateway(settings, engine, inference, readiness, keys, metrics)
@@ -51,9 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(readiness.watch())
             _on_hangup(tasks, gateway)
-            log.info(
-                "serving", models={n: "ready" if s.ready else "failed" for n, s in engine.models().items()}
-            )
+            log.info("serving", models={n: s.state for n, s in engine.models().items()})
             yield
             readiness.stopping = True
             watch.cancel()
@@ -76,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "Priority", "Request-Timeout", "X-Request-ID"],
-            expose_headers=["Retry-After", "X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID", *embed.NPY_HEADERS],
         )
     app.add_middleware(Telemetry, metrics=metrics)
     return app
@@ -120,12 +119,23 @@ def check_repository(settings: Settings) -> None:
         raise SettingsError(f"PRG_DEFAULT_MODEL={settings.default_model!r} is not served; there are: {there}")
 
 
+async def check_address(settings: Settings) -> None:
+    """Bind, as the server will once the models are loaded, which takes a while. Raises SettingsError."""
+    loop = asyncio.get_running_loop()
+    try:
+        server = await loop.create_server(asyncio.Protocol, settings.host, settings.port, start_serving=False)
+    except OSError as error:
+        raise SettingsError(f"PRG_HOST={settings.host} PRG_PORT={settings.port}: {error}") from None
+    server.close()
+
+
 def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
     """SIGHUP: rescan the repository and the keys, while serving goes on."""
     if threading.current_thread() is not threading.main_thread():
         return  # signals belong to the main thread
 
     async def reload() -> None:
+        log.info("reloading")
         try:
             gateway.keys.reload()
         except SettingsError as error:  # the old keys stay, and the models are looked at all the same
@@ -135,7 +145,7 @@ def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
         except Exception as error:  # serving goes on with what there was
             log.error("reload failed", reason=str(error))
         else:
-            states = {n: "ready" if s.ready else "failed" for n, s in gateway.engine.models().items()}
+            states = {n: s.state for n, s in gateway.engine.models().items()}
             log.info("reloaded", models=states)
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload()))
@@ -162,14 +172,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings()
         app = create_app(settings)
+        asyncio.run(check_address(settings))
     except SettingsError as error:
         print(f"prg-serve: {error}", file=sys.stderr)
         return 2
     configure_logs()
     disable_created_metrics()  # type: ignore[no-untyped-call]
     address = f"http://{settings.host}:{settings.port}"
+    for variable, meant in unknown_variables(os.environ).items():
+        log.warning("unknown setting", variable=variable, reason="it changes nothing", perhaps_meant=meant)
     models = ", ".join(settings.triton_url) if settings.engine == "triton" else settings.model_repository
-    print(f"models from {models}; serving on {address}", file=sys.stderr)
+    print(f"models from {models}; serving on {address} once they are loaded", file=sys.stderr)
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -90,7 +90,7 @@ def install(app: FastAPI) -> None:
         }
         detail = details.get(error.status_code, str(error.detail))
         title = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Bad request")
-        return Problem(error.status_code, title, detail, headers=error.headers).response()
+        return Problem(error.status_code, title, detail, headers=error.headers).at(request.url.path)
 
     app.add_exception_handler(Problem, answer)
     app.add_exception_handler(HTTPException, translate)

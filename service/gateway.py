@@ -62,7 +62,7 @@ class Gateway:
             there = ", ".join(models)
             raise Problem(422, "Unknown model", f"no model {options.model!r} here; there are: {there}")
         if status is None or status.entry is None:
-            reason = status.reason if status else "it is not in the repository"
+            reason = status.reason if status else "no such model is loaded"
             raise overloaded(f"{name} can't be served: {reason}", 5)
         return Chosen(status.entry, _version(status, options.model_version))
 

@@ -5,10 +5,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from service.errors import Problem, overloaded
 from service.fetch import Fetcher
 from service.intake import Item, Remote
 from service.limits import Priority
+from service.schemas import State
 from service.telemetry import Metrics
 
 RATE_WINDOW_S = 10.0
@@ -44,14 +45,19 @@ class DeadlineExceeded(EngineError):
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model as the engine has it. A failed one has a reason, and its entry if that is known."""
+    """A model as the engine has it. One that is not ready has a reason, and its entry if that is known."""
 
     name: str
     entry: Entry | None
     versions: tuple[str, ...] = ()
     """Those served, ascending."""
     reason: str | None = None
-    ready: bool = True
+    state: State = "ready"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it serves."""
+        return self.state == "ready"
 
     @property
     def default_version(self) -> str:
@@ -62,6 +68,24 @@ class ModelStatus:
     def fingerprints(self) -> dict[str, str]:
         """Of the versions served."""
         return {v: self.entry.fingerprint(v) for v in self.versions} if self.entry else {}
+
+
+RELOADING = "the repository is being read again; until that is done it is served as it was"
+
+
+def while_loading(models: Mapping[str, ModelStatus], loading: Collection[str]) -> Mapping[str, ModelStatus]:
+    """The models as they are while these are being loaded: what serves goes on, and says that it may change."""
+    if not loading:
+        return models
+    seen = dict(models)
+    for name in loading:
+        status = models.get(name)
+        if status and status.ready:
+            seen[name] = replace(status, reason=RELOADING)
+        else:
+            entry = status.entry if status else None
+            seen[name] = ModelStatus(name, entry, reason="it is being loaded", state="loading")
+    return dict(sorted(seen.items()))
 
 
 def shown(models: Mapping[str, ModelStatus]) -> dict[str, tuple[bool, Mapping[str, str]]]:

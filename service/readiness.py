@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from service.inference import Engine, EngineOverloaded, Job
-from service.telemetry import Metrics, log
+from service.telemetry import log
 
 FRESH_S = 30.0
 """An answer proves the engine for this long."""
@@ -18,10 +18,9 @@ CANARY_TIMEOUT_S = 10.0
 class Readiness:
     """Watches one model through the engine; a queue's rejection proves nothing, good or bad."""
 
-    def __init__(self, engine: Engine, model: Callable[[], str | None], metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, model: Callable[[], str | None]) -> None:
         self._engine = engine
         self._model = model
-        self._metrics = metrics
         self._last = -math.inf
         self._failure = "no model has answered yet"
         self.stopping = False
@@ -45,14 +44,13 @@ class Readiness:
         while True:
             if loop.time() - self._last >= CANARY_EVERY_S:
                 await self._canary()
-            self._metrics.ready.set(self.reason() is None)
             await asyncio.sleep(CANARY_EVERY_S if self.reason() is None else 1.0)
 
     async def _canary(self) -> None:
         name = self._model() or ""
         status = self._engine.models().get(name)
         if status is None or status.entry is None:
-            self._failure = (status and status.reason) or "it is not in the repository"
+            self._failure = (status and status.reason) or "no such model is loaded"
             self._last = -math.inf
             return
         size = status.entry.prg.image.size

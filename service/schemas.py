@@ -141,13 +141,17 @@ class ClassifyAnswer(Answer):
     data: list[ClassifyItem]
 
 
+State = Literal["ready", "loading", "not loaded", "failed"]
+"""Ready: it serves. Loading: it does not yet. Not loaded: a Triton has it, but never loaded it."""
+
+
 class ModelInfo(BaseModel):
-    """One model; of a failed one only name, state and reason are known for sure."""
+    """One model; of one that is not ready only name, state and reason are known for sure."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     name: str
-    state: Literal["ready", "failed"]
+    state: State
     reason: str | None = None
     versions: list[str] | None = None
     default_version: str | None = None

@@ -1,5 +1,7 @@
 """Settings by environment variables, checked before anything starts."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +11,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from entry.images import Limits
 
 Positive = Annotated[int, Field(ge=1)]
+OTHER_VARIABLES = frozenset({"PRG_KEY", "PRG_PUBLISH", "PRG_TEST_DATA"})
+"""No settings of the service: of `prg embed`, of the compose file, and of the tests."""
 
 
 class SettingsError(ValueError):
@@ -64,7 +68,7 @@ class Settings(BaseSettings):
     @field_validator("cors_origins", "triton_url", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(filter(None, (v.strip() for v in value.split(",")))) if isinstance(value, str) else value
+        return _parts(value) if isinstance(value, str) else value
 
     @field_validator("triton_url")
     @classmethod
@@ -75,6 +79,14 @@ class Settings(BaseSettings):
                 raise ValueError(f"{address!r} must be host:port of Triton's gRPC, such as triton:8001")
         if not value:
             raise ValueError("at least one host:port of Triton's gRPC is needed, such as triton:8001")
+        return value
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, value: str) -> str:
+        parts = _parts(value)
+        if value.strip() and not (parts and all(part.partition(":")[0] for part in parts)):
+            raise ValueError("names no model; it is `name` or `name:version`, several by comma")
         return value
 
     @property
@@ -88,7 +100,7 @@ class Settings(BaseSettings):
         if not self.models.strip():
             return None
         chosen: dict[str, frozenset[str] | None] = {}
-        for item in filter(None, (part.strip() for part in self.models.split(","))):
+        for item in _parts(self.models):
             name, _, version = item.partition(":")
             known = chosen.get(name, frozenset())
             chosen[name] = None if not version or known is None else known | {version}
@@ -102,3 +114,19 @@ def load_settings() -> Settings:
     except ValidationError as error:
         lines = [f"PRG_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
         raise SettingsError("; ".join(lines)) from None
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
+    """Of these environment variables, those that begin like a setting and are none -> the one perhaps meant."""
+    known = {field.upper() for field in Settings.model_fields}
+    found: dict[str, str | None] = {}
+    for name in names:
+        own = name.upper().removeprefix("PRG_")
+        if own != name.upper() and own not in known and name.upper() not in OTHER_VARIABLES:
+            close = difflib.get_close_matches(own, known, 1)
+            found[name] = f"PRG_{close[0]}" if close else None
+    return found
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in text.split(","))))

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from prg.cli import _parser, main
-from service.settings import Settings
+from service.settings import OTHER_VARIABLES, Settings
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("sh", "console", "python", "json", "toml", "mermaid", "text")
@@ -26,7 +26,6 @@ MARK = re.compile(r"<!-- not run: (.+) -->")
 SERVICE = re.compile(r"\b(localhost|127\.0\.0\.1):8000\b")
 BASE64 = "iVBORw0KGgo…"
 """How the documents shorten an image in base64."""
-OTHER_VARIABLES = {"PRG_PUBLISH", "PRG_KEY", "PRG_TEST_DATA"}
 CURL = 'curl() { command curl -sS -w "%{stderr}\\n%{http_code}\\n" "$@"; }\n'
 """curl as it is, its status on stderr: by itself it takes a 422 for a success."""
 

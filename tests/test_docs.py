@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prg.recipe import shipped_recipes
-from service.settings import Settings
+from service.settings import OTHER_VARIABLES, Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -39,7 +39,7 @@ def test_the_tree_names_no_module_that_is_gone() -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_settings_and_recipes_that_are_named_exist(path: Path) -> None:
     text = path.read_text("utf-8")
-    named = set(re.findall(r"PRG_[A-Z_]+", text)) - {"PRG_PUBLISH", "PRG_KEY"}
+    named = set(re.findall(r"PRG_[A-Z_]+", text)) - OTHER_VARIABLES
     assert named <= {f"PRG_{name.upper()}" for name in Settings.model_fields}
     assert set(re.findall(r"--recipe ([a-z0-9-]+)(?![a-z0-9.-])", text)) <= set(shipped_recipes())
 

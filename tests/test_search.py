@@ -51,6 +51,19 @@ def test_a_picture_of_the_index_needs_no_model(index: Path, capsys: pytest.Captu
     assert photo not in "".join(lines[1:])
 
 
+def test_a_picture_of_the_index_is_known_however_it_is_written(
+    index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (index.parent / "link").symlink_to(index.parent / "photos")
+    monkeypatch.chdir(index.parent)
+    capsys.readouterr()
+    for photo in ("photos/29.png", "./photos/../photos/29.png", "link/29.png"):
+        assert main(["query", index.name, photo, "-k", "3"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4
+        assert "29.png" not in "".join(lines[1:])
+
+
 def test_the_query_is_normalised_as_the_index_is(
     index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,3 +95,4 @@ def test_both_forms_of_vectors_are_read(index: Path, tmp_path: Path) -> None:
     assert np.array_equal(a[0], b[0], equal_nan=True)
     assert a[1] == b[1]
     assert "fingerprint" in b[2]
+    assert a[2] == b[2]

@@ -11,7 +11,7 @@ import numpy as np
 
 from entry.config import Entry, EntryError, find_entries
 from service.engines.batching import Batcher
-from service.inference import EngineUnavailable, Job, ModelStatus, shown
+from service.inference import EngineUnavailable, Job, ModelStatus, shown, while_loading
 from service.telemetry import Metrics, log
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class EmbeddedEngine:
         self._models: dict[str, _Model] = {}
         self._compute = ThreadPoolExecutor(1, "compute")
         self._rescanning = asyncio.Lock()
+        self._loading: frozenset[str] = frozenset()
 
     async def start(self) -> None:
         """Load every chosen entry."""
@@ -60,8 +61,11 @@ class EmbeddedEngine:
                 await batcher.close()
         self._compute.shutdown(wait=True, cancel_futures=True)
 
-    def models(self) -> dict[str, ModelStatus]:
+    def models(self) -> Mapping[str, ModelStatus]:
         """All models by name."""
+        return while_loading(self._statuses(), self._loading)
+
+    def _statuses(self) -> dict[str, ModelStatus]:
         return {name: model.status for name, model in self._models.items()}
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
@@ -83,13 +87,17 @@ class EmbeddedEngine:
         async with self._rescanning:
             found = await asyncio.to_thread(find_entries, self._repository)
             wanted = {n: e for n, e in found.items() if self._chosen is None or n in self._chosen}
-            fresh = {name: await self._refreshed(name, entry) for name, entry in wanted.items()}
+            self._loading = frozenset(wanted)
+            try:
+                fresh = {name: await self._refreshed(name, entry) for name, entry in wanted.items()}
+            finally:
+                self._loading = frozenset()
             kept = {id(b) for m in fresh.values() for b in m.batchers.values()}
             old = [b for m in self._models.values() for b in m.batchers.values() if id(b) not in kept]
             self._models = fresh
         for batcher in old:
             await batcher.drain()
-        self._metrics.models(shown(self.models()))
+        self._metrics.models(shown(self._statuses()))
 
     async def _refreshed(self, name: str, found: Entry | EntryError) -> _Model:
         before = self._models.get(name)
@@ -109,7 +117,7 @@ class EmbeddedEngine:
                 kept = f"an older state of it is served, because: {error}"
                 status = ModelStatus(name, before.status.entry, before.status.versions, kept)
                 return _Model(status, before.batchers)
-            return _Model(ModelStatus(name, None, reason=str(error), ready=False))
+            return _Model(ModelStatus(name, None, reason=str(error), state="failed"))
         return _Model(ModelStatus(name, found, versions), batchers)
 
     def _versions(self, entry: Entry) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from service.inference import (
     Job,
     ModelStatus,
     shown,
+    while_loading,
 )
 from service.telemetry import Metrics, log
 
@@ -47,7 +48,11 @@ SHUNNED_S = (0.5, 1.0, 2.0, 5.0)
 """How long an address that failed is avoided while another is to be had, by failures in a row."""
 
 
-NOT_LOADED = "Triton has not loaded it"
+NOT_LOADED = (
+    "Triton has not loaded it: it was not asked to, or can't read its config.pbtxt; SIGHUP asks it again"
+)
+"""Its index tells these two apart by nothing."""
+ABSENT = "PRG_MODELS names it, but Triton's repository has no such model"
 
 
 @dataclass(eq=False)
@@ -59,6 +64,8 @@ class Replica:
     seen: list[tuple[str, str, str, str]] | None = None
     """Its index as last read (name, version, state, reason); None while it does not answer."""
     models: dict[str, ModelStatus] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Entries that it was asked to load and did not, with its reason: the index has none of a broken config.pbtxt."""
     in_flight: int = 0
     failures: int = 0
     shunned_until: float = 0.0
@@ -98,7 +105,9 @@ class TritonEngine:
         for address in addresses:
             metrics.engine_failures.labels(address)
         self._known: dict[str, ModelStatus] = {}
-        """What was last served, for the time in which no address answers."""
+        """What the index has and was served, for the time in which no address answers."""
+        self._rescanning = asyncio.Lock()
+        self._loading: frozenset[str] = frozenset()
         self._watches: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -114,8 +123,11 @@ class TritonEngine:
         for replica in self._replicas:
             await replica.client.close()
 
-    def models(self) -> dict[str, ModelStatus]:
+    def models(self) -> Mapping[str, ModelStatus]:
         """All models by name; while no address answers, those that were known, as failed."""
+        return while_loading(self._statuses(), self._loading)
+
+    def _statuses(self) -> dict[str, ModelStatus]:
         found: dict[str, ModelStatus] = {}
         answering = [replica for replica in self._replicas if replica.seen is not None]
         for replica in answering:
@@ -125,9 +137,7 @@ class TritonEngine:
         if not answering:
             addresses = ", ".join(replica.address for replica in self._replicas)
             gone = f"no Triton answers at {addresses}"
-            found = {
-                n: ModelStatus(n, s.entry, s.versions, gone, ready=False) for n, s in self._known.items()
-            }
+            found = {n: ModelStatus(n, s.entry, s.versions, gone, "failed") for n, s in self._known.items()}
         return dict(sorted(found.items()))
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
@@ -150,20 +160,33 @@ class TritonEngine:
 
     async def rescan(self) -> None:
         """Ask each Triton to load every entry of its index, then read the configurations again."""
-        for replica in self._replicas:
+        async with self._rescanning:
             try:
-                index = await replica.client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
-                for name in sorted({model.name for model in index.models}):
-                    await self._load(replica, name)
-            except InferenceServerException as error:
-                log.warning("rescan failed", address=replica.address, reason=_text(error))
-            replica.seen = None
-            await self._look(replica)
+                for replica in self._replicas:
+                    await self._reload(replica)
+                    await self._look(replica)
+            finally:
+                self._loading = frozenset()
+
+    async def _reload(self, replica: Replica) -> None:
+        try:
+            index = await replica.client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
+            names = {model.name for model in index.models}
+            self._loading = frozenset(filter(self._is_chosen, names))
+            for name in sorted(names):
+                await self._load(replica, name)
+        except InferenceServerException as error:
+            log.warning("rescan failed", address=replica.address, reason=_text(error))
+
+    def _is_chosen(self, name: str) -> bool:
+        return self._chosen is None or name in self._chosen
 
     async def _load(self, replica: Replica, name: str) -> None:
         try:
             await replica.client.load_model(name, client_timeout=LOAD_TIMEOUT_S)
+            replica.refused.pop(name, None)
         except InferenceServerException as error:
+            replica.refused[name] = _text(error)
             log.error("entry refused", model=name, address=replica.address, reason=_text(error))
 
     async def _batch(self, entry: Entry, job: Job, rows: slice) -> dict[str, np.ndarray]:
@@ -246,27 +269,30 @@ class TritonEngine:
             if replica.seen is None:
                 log.info("engine up", address=replica.address, models=list(replica.models))
             replica.seen = seen
-            self._known |= {name: status for name, status in self.models().items() if status.entry}
+            now = self._statuses()
+            self._known = {n: s for n, s in (self._known | _usable(now)).items() if n in now}
         except InferenceServerException as error:
             if replica.seen is not None:
                 log.warning("engine down", address=replica.address, reason=_text(error))
             replica.seen = None
+            replica.refused.clear()
         self._metrics.engine_up.labels(replica.address).set(replica.seen is not None)
-        self._metrics.models(shown(self.models()))
+        self._metrics.models(shown(self._statuses()))
 
     async def _read_models(
         self, replica: Replica, seen: list[tuple[str, str, str, str]]
     ) -> dict[str, ModelStatus]:
         models = {}
         for name, rows in itertools.groupby(seen, key=lambda row: row[0]):
-            if self._chosen is None or name in self._chosen:
+            if self._is_chosen(name):
                 models[name] = await self._read_model(replica, name, list(rows))
-                before = replica.models.get(name)
-                news = before is None or before.reason != models[name].reason
-                if models[name].entry is None and models[name].reason != NOT_LOADED and news:
-                    log.error(
-                        "entry refused", model=name, address=replica.address, reason=models[name].reason
-                    )
+        for name in sorted((self._chosen or {}).keys() - models.keys()):
+            models[name] = ModelStatus(name, None, reason=ABSENT, state="failed")
+        for name, status in models.items():
+            before = replica.models.get(name)
+            news = before is None or before.reason != status.reason
+            if status.state == "failed" and status.reason != replica.refused.get(name) and news:
+                log.error("entry refused", model=name, address=replica.address, reason=status.reason)
         return models
 
     async def _read_model(
@@ -275,14 +301,18 @@ class TritonEngine:
         ready = {version for _, version, state, _ in rows if state == "READY"}
         if not ready:
             reasons = "; ".join(sorted({reason.splitlines()[0] for *_, reason in rows if reason}))
-            return ModelStatus(name, None, reason=reasons or NOT_LOADED, ready=False)
+            if any(state == "LOADING" for _, _, state, _ in rows):
+                return ModelStatus(name, None, reason="Triton is loading it", state="loading")
+            if reasons or name in replica.refused:
+                return ModelStatus(name, None, reason=reasons or replica.refused[name], state="failed")
+            return ModelStatus(name, None, reason=NOT_LOADED, state="not loaded")
         response = await replica.client.get_model_config(name, client_timeout=CALL_TIMEOUT_S)
         where = f"{replica.address}: {name}"
         try:
             entry = entry_from_config(response.config, where)
             versions = _versions(entry, ready, (self._chosen or {}).get(name), where)
         except (ValueError, RecursionError) as error:  # EntryError, or a parameter too strange to parse
-            return ModelStatus(name, None, reason=str(error), ready=False)
+            return ModelStatus(name, None, reason=str(error), state="failed")
         return ModelStatus(name, entry, versions)
 
 
@@ -309,6 +339,10 @@ def _versions(entry: Entry, ready: set[str], chosen: frozenset[str] | None, wher
             f"{where}: PRG_MODELS wants version {min(missing)}, ready are: {', '.join(sorted(ready))}"
         )
     return tuple(sorted(chosen or ready, key=int))
+
+
+def _usable(models: Mapping[str, ModelStatus]) -> dict[str, ModelStatus]:
+    return {name: status for name, status in models.items() if status.entry}
 
 
 def _checked(array: np.ndarray | None, name: str, count: int, entry: Entry) -> np.ndarray:

@@ -16,6 +16,8 @@ from service.schemas import EmbedAnswer, EmbedOptions
 
 router = APIRouter()
 NPY = "application/x-npy"
+NPY_HEADERS = {"X-Model": "model", "X-Model-Version": "model_version", "X-Fingerprint": "fingerprint"}
+"""Headers of a .npy answer -> the fact that each tells."""
 
 
 @router.post(
@@ -75,11 +77,7 @@ def as_npy(values: np.ndarray, facts: dict[str, Any]) -> Response:
     """One .npy of little-endian float32; what JSON would say beside the vectors stands in headers."""
     buffer = io.BytesIO()
     np.save(buffer, values.astype("<f4"))
-    headers = {
-        "X-Model": facts["model"],
-        "X-Model-Version": facts["model_version"],
-        "X-Fingerprint": facts["fingerprint"],
-    }
+    headers = {header: facts[fact] for header, fact in NPY_HEADERS.items()}
     return Response(buffer.getvalue(), media_type=NPY, headers=headers)
 
 

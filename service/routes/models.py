@@ -48,14 +48,14 @@ async def model(request: Request, name: str, _: Caller) -> ModelInfo:
 def describe(status: ModelStatus) -> ModelInfo:
     """A model's item; accuracy is that of its default version."""
     if status.entry is None:
-        return ModelInfo(name=status.name, state="failed", reason=status.reason)
+        return ModelInfo(name=status.name, state=status.state, reason=status.reason)
     prg = status.entry.prg
     shared: dict[str, Any] = {
         key: getattr(prg, key) for key in ("feature", "t_end", "features", "path", "solver", "steps", "nfe")
     }
     return ModelInfo(
         name=status.name,
-        state="ready" if status.ready else "failed",
+        state=status.state,
         reason=status.reason,
         versions=list(status.versions),
         default_version=status.default_version,

@@ -47,4 +47,8 @@ async def ready(request: Request) -> Health:
 )
 async def metrics(request: Request, _: Annotated[Key | None, Depends(needs("metrics"))]) -> Response:
     """Metrics in Prometheus' text format."""
-    return Response(generate_latest(gateway_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    gateway = gateway_of(request)
+    gateway.metrics.ready.set(
+        gateway.readiness.reason() is None
+    )  # as it is now, not as it was last looked at
+    return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)

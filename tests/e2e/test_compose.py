@@ -21,6 +21,8 @@ from PIL import Image
 
 from entry.images import load_image
 from entry.runner import Runner
+from service.readiness import FRESH_S
+from service.settings import Settings
 from tests.real_triton.server import find_server, free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +239,18 @@ def test_the_compose_file_is_valid(profiles: str) -> None:
     assert triton["volumes"][0]["read_only"]
 
 
+def test_every_setting_reaches_the_gateway() -> None:
+    """But those that the image fixes, and those of the embedded engine alone."""
+    fixed = {"host", "port"}
+    embedded = {"model_repository", "max_batch", "max_delay_ms"}
+    passed = compose_file()["services"]["gateway"]["environment"]
+    assert passed.keys() == {
+        f"PRG_{name.upper()}" for name in Settings.model_fields.keys() - fixed - embedded
+    }
+    chosen = {"PRG_ENGINE": "triton", "PRG_TRITON_URL": "${PRG_TRITON_URL:-triton:8001}"}
+    assert passed == {name: f"${{{name}:-}}" for name in passed} | chosen
+
+
 def test_triton_publishes_no_port_and_reads_only() -> None:
     services = compose_file()["services"]
     for name in ("triton-cpu", "triton-gpu"):
@@ -257,6 +271,26 @@ def test_every_alert_fires_when_it_must() -> None:
     for panel in dashboard["panels"]:
         for target in panel.get("targets", ()):
             assert "nv_gpu" not in target["expr"] or f"expr: {target['expr']}\n" in tested
+
+
+def test_the_operations_page_says_when_not_ready_fires() -> None:
+    folder = ROOT / "docker" / "prometheus"
+    rules = yaml.safe_load((folder / "alerts.yml").read_text())["groups"][0]["rules"]
+    every = yaml.safe_load((folder / "prometheus.yml").read_text())["global"]
+    waits, scrape, evaluation = (
+        int(text.removesuffix("s"))
+        for text in (
+            next(rule["for"] for rule in rules if rule["alert"] == "NotReady"),
+            every["scrape_interval"],
+            every["evaluation_interval"],
+        )
+    )
+    soonest = int(FRESH_S) + waits
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert (
+        f"not even to a canary, for {soonest} to {soonest + scrape + evaluation} s: it counts as not ready "
+        f"after {FRESH_S:.0f} s, the alert waits {waits} s more, Prometheus looks every {scrape} s"
+    ) in page
 
 
 def test_the_operations_page_has_every_alert_and_metric() -> None:

@@ -36,6 +36,22 @@ def test_any_shape_and_mode(size: tuple[int, int], mode: str) -> None:
     assert image_array(Image.new(mode, size), SPEC).shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_tiff_of_floats_that_are_no_numbers_is_refused(value: float) -> None:
+    pixels = np.linspace(0, 1, 40 * 40, dtype=np.float32).reshape(40, 40)
+
+    def tiff() -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "TIFF")
+        return buffer.getvalue()
+
+    assert np.ptp(load_image(tiff(), SPEC)) > 200
+    pixels[3, 4] = value
+    with pytest.raises(ImageError, match="1 of 1,600 pixels are NaN or infinite") as refused:
+        load_image(tiff(), SPEC)
+    assert refused.value.status == 422
+
+
 def test_a_long_image_never_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     resize = Image.Image.resize

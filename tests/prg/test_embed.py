@@ -48,6 +48,8 @@ def test_npy(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(lines) == 31
     assert [Path(line["path"]).name for line in lines if "error" in line] == ["bad.jpg"]
     check(np.load(out), [line["path"] for line in lines], 0.5)
+    about = json.loads((tmp_path / "vectors.about.json").read_text())
+    assert (about["fingerprint"], about["feature"], about["t_end"]) == (tiny_fingerprint(), "hidden", 0.5)
     assert not out.with_name("vectors.npy.parts").exists()
 
 

@@ -1,6 +1,7 @@
 """The Triton engine beside the embedded one, on a real tritonserver serving the very same entries."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -169,6 +170,44 @@ def test_an_entry_that_is_not_one_is_refused_by_name_and_the_others_serve(
             assert "strange" in (status.reason or "")
             assert named in (status.reason or "")
             await infer(running, job("good", random_images(1), np.zeros(1), "STATE"))
+
+    asyncio.run(scene())
+
+
+def test_the_list_of_models_follows_tritons_index(serve: Serve, tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path / "models")
+    server = serve(tmp_path / "models")
+    write_tiny_entry(tmp_path / "models", "late")
+    (write_tiny_entry(tmp_path / "models", "broken") / "config.pbtxt").write_text("nonsense {")
+
+    async def scene() -> None:
+        def states() -> dict[str, str]:
+            return {name: status.state for name, status in running.models().items()}
+
+        async with engine(server, chosen={"late": None, "nowhere": None}) as running:
+            assert states() == {"late": "not loaded", "nowhere": "failed"}
+            assert "no such model" in (running.models()["nowhere"].reason or "")
+        async with engine(server) as running:
+            assert states() == {"broken": "not loaded", "late": "not loaded", "tiny": "ready"}
+            [replica] = running._replicas
+            load_model, seen = replica.client.load_model, []
+
+            async def watched(*what: Any, **named: Any) -> None:
+                seen.append(states())
+                await load_model(*what, **named)
+
+            replica.client.load_model = watched
+            await running.rescan()
+            assert seen[0] == {"broken": "loading", "late": "loading", "tiny": "ready"}
+            assert states() == {"broken": "failed", "late": "ready", "tiny": "ready"}
+            assert "failed to load 'broken'" in (running.models()["broken"].reason or "")
+            for name in ("late", "broken"):
+                shutil.rmtree(tmp_path / "models" / name)
+            await running._look(replica)
+            assert states() == {"tiny": "ready"}
+            await asyncio.to_thread(server.kill)
+            await running._look(replica)
+            assert states() == {"tiny": "failed"}
 
     asyncio.run(scene())
 

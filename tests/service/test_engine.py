@@ -13,7 +13,7 @@ import torch
 
 from entry.config import read_entry, sha256, write_entry
 from entry.runner import Outputs, Runner
-from service.engines.embedded import EmbeddedEngine
+from service.engines.embedded import EmbeddedEngine, load
 from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
 from service.telemetry import Metrics
 from tests.tiny import tiny_fingerprint, write_tiny_entry
@@ -285,6 +285,35 @@ def test_a_rescan_takes_new_versions_keeps_what_runs_and_survives_a_bad_one(tmp_
             assert "an older state of it is served" in (status.reason or "")
             assert right(await running.infer(job(0.5)), 0.5)
             assert list(running.models()) == ["tiny"]
+
+    asyncio.run(scene())
+
+
+def test_while_a_rescan_loads_the_models_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    def slow(*what: object) -> Runner:
+        loading.set()
+        assert go_on.wait(10)
+        return load(*what)  # type: ignore[arg-type]
+
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            gate.open.set()
+            write_tiny_entry(tmp_path, "second")
+            monkeypatch.setattr("service.engines.embedded.load", slow)
+            rescan = asyncio.create_task(running.rescan())
+            await asyncio.to_thread(loading.wait, 10)
+            found = running.models()
+            assert {name: status.state for name, status in found.items()} == {
+                "second": "loading",
+                "tiny": "ready",
+            }
+            assert "being read again" in (found["tiny"].reason or "")
+            assert right(await running.infer(job(0.5)), 0.5)
+            go_on.set()
+            await rescan
+            assert [(s.state, s.reason) for s in running.models().values()] == [("ready", None)] * 2
 
     asyncio.run(scene())
 

@@ -104,6 +104,12 @@ def test_errors_have_openais_shape(
     assert named in error["message"]
 
 
+def test_what_is_not_there_under_v1_has_openais_shape(client: TestClient) -> None:
+    for response, status in ((client.get("/v1/nothing"), 404), (client.get("/v1/embeddings"), 405)):
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_the_models_own_dimensions_are_accepted(client: TestClient) -> None:
     asked = {"model": "tiny", "input": encoded(), "dimensions": 768, "feature": "state", "user": "me"}
     answer = client.post("/v1/embeddings", json=asked).json()

@@ -27,7 +27,7 @@ from service.errors import Problem
 from service.inference import Admission, EngineOverloaded, EngineUnavailable, Job, ModelStatus
 from service.limits import HELD_BODIES, BodyLimit, HungUp, while_connected
 from service.readiness import FRESH_S, Readiness
-from service.settings import Settings, SettingsError, load_settings
+from service.settings import Settings, SettingsError, load_settings, unknown_variables
 from service.telemetry import Metrics
 from tests.service.conftest import Start
 from tests.tiny import png, write_tiny_entry
@@ -123,7 +123,7 @@ def test_readiness_follows_answers_and_ignores_rejections(client: TestClient) ->
     async def scene() -> None:
         nonlocal now
         asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
-        readiness = Readiness(engine, lambda: "tiny", Metrics())  # type: ignore[arg-type]
+        readiness = Readiness(engine, lambda: "tiny")  # type: ignore[arg-type]
         assert readiness.reason()
         await readiness._canary()
         assert readiness.reason() is None
@@ -151,6 +151,14 @@ def test_readiness_follows_answers_and_ignores_rejections(client: TestClient) ->
     finally:
         loop.time = real  # type: ignore[method-assign]
         loop.close()
+
+
+def test_the_metric_of_readiness_is_what_readiness_says_at_that_moment(client: TestClient) -> None:
+    client.post("/embed", files=IMAGE)
+    assert "prg_ready 1.0" in client.get("/metrics").text
+    client.app.state.gateway.readiness.stopping = True  # type: ignore[attr-defined]
+    assert client.get("/health/ready").status_code == 503
+    assert "prg_ready 0.0" in client.get("/metrics").text
 
 
 def test_metrics_count_by_route_and_parse(client: TestClient) -> None:
@@ -361,6 +369,8 @@ def test_the_gateway_imports_no_torch() -> None:
         ("PRG_REQUEST_TIMEOUT_S", "-1"),
         ("PRG_MODEL_REPOSITORY", "/does/not/exist"),
         ("PRG_MODELS", "tiny,other"),
+        ("PRG_MODELS", ","),
+        ("PRG_MODELS", ":1"),
         ("PRG_DEFAULT_MODEL", "other"),
     ],
 )
@@ -376,6 +386,24 @@ def test_a_setting_that_can_not_be_used_is_refused_by_name(
     monkeypatch.setenv(variable, value)
     assert main([]) == 2
     assert variable in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told_before_any_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_entry(tmp_path)
+    monkeypatch.setenv("PRG_MODEL_REPOSITORY", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("PRG_PORT", str(other.getsockname()[1]))
+        assert main([]) == 2
+    said = capsys.readouterr()
+    assert re.search(r"PRG_PORT=\d+: .*address already in use", said.err)
+    assert said.out == ""
+
+
+def test_variables_that_are_no_settings() -> None:
+    names = ["PRG_MAX_PIXEL", "prg_port", "PRG_MAX_IMAGES", "PRG_BANANA", "PRG_TEST_DATA", "PRG_KEY", "PATH"]
+    assert unknown_variables(names) == {"PRG_MAX_PIXEL": "PRG_MAX_PIXELS", "PRG_BANANA": None}
 
 
 def test_an_empty_repository_is_refused(tmp_path: Path) -> None:
@@ -405,6 +433,15 @@ def test_cors(start: Start) -> None:
     assert allowed.headers["access-control-allow-origin"] == "http://page.example"
     other = client.get("/health/live", headers={"Origin": "http://other.example"})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_page_elsewhere_may_read_our_headers(start: Start) -> None:
+    client = start(cors_origins="http://page.example")
+    headers = {"Origin": "http://page.example", "Accept": "application/x-npy"}
+    answer = client.post("/embed", files=IMAGE, headers=headers)
+    exposed = {name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")}
+    assert {name for name in answer.headers if name.startswith("x-")} <= exposed
+    assert {"retry-after", "x-fingerprint"} <= exposed
 
 
 def free_port() -> int:
@@ -437,6 +474,7 @@ def test_the_command_serves_reloads_and_stops(tmp_path: Path) -> None:
         "PRG_PORT": str(port),
         "PRG_DRAIN_S": "2",
         "PRG_API_KEYS_FILE": str(keys),
+        "PRG_MAX_PIXEL": "1",
     }
     http = httpx.Client(base_url=base, headers={"Authorization": f"Bearer {key}"})
     with (tmp_path / "log").open("wb") as log:
@@ -468,6 +506,8 @@ def test_the_command_serves_reloads_and_stops(tmp_path: Path) -> None:
         server.kill()
         server.wait()
     events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    [warning] = [e for e in events if e["event"] == "unknown setting"]
+    assert (warning["variable"], warning["perhaps_meant"]) == ("PRG_MAX_PIXEL", "PRG_MAX_PIXELS")
     assert {"serving", "reloaded", "request", "model loaded"} <= {e["event"] for e in events}
     assert [e["event"] for e in events if e["level"] == "error"] == ["reload failed"]  # the keys
     http.close()
