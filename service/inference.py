@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from service.errors import Problem, overloaded
 from service.fetch import Fetcher
 from service.intake import Item, Remote
 from service.limits import Priority
-from service.schemas import State
 from service.telemetry import Metrics
 
 RATE_WINDOW_S = 10.0
@@ -41,6 +40,11 @@ class EngineUnavailable(EngineError):
 
 class DeadlineExceeded(EngineError):
     """The job was dropped because its time was up."""
+
+
+State = Literal["ready", "loading", "not loaded", "failed"]
+"""Ready: it serves. Loading: it does not yet. Not loaded: a Triton has it, but never loaded it. To callers all that
+does not serve is failed, and the reason tells these apart; the log has the state itself."""
 
 
 @dataclass(frozen=True)

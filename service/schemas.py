@@ -141,17 +141,13 @@ class ClassifyAnswer(Answer):
     data: list[ClassifyItem]
 
 
-State = Literal["ready", "loading", "not loaded", "failed"]
-"""Ready: it serves. Loading: it does not yet. Not loaded: a Triton has it, but never loaded it."""
-
-
 class ModelInfo(BaseModel):
     """One model; of one that is not ready only name, state and reason are known for sure."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     name: str
-    state: State
+    state: Literal["ready", "failed"]
     reason: str | None = None
     versions: list[str] | None = None
     default_version: str | None = None

@@ -1,6 +1,6 @@
 """GET /models: what is served, and how good it is."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 
@@ -47,15 +47,16 @@ async def model(request: Request, name: str, _: Caller) -> ModelInfo:
 
 def describe(status: ModelStatus) -> ModelInfo:
     """A model's item; accuracy is that of its default version."""
+    state: Literal["ready", "failed"] = "ready" if status.ready else "failed"
     if status.entry is None:
-        return ModelInfo(name=status.name, state=status.state, reason=status.reason)
+        return ModelInfo(name=status.name, state=state, reason=status.reason)
     prg = status.entry.prg
     shared: dict[str, Any] = {
         key: getattr(prg, key) for key in ("feature", "t_end", "features", "path", "solver", "steps", "nfe")
     }
     return ModelInfo(
         name=status.name,
-        state=status.state,
+        state=state,
         reason=status.reason,
         versions=list(status.versions),
         default_version=status.default_version,
