@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from prg.paths import PATHS, Path, flow_matching_loss
 from prg.recipe import Recipe
-from prg.training import figures
+from prg.training import figures, processes
 from prg.training.augmentation import augment, normalise
 from prg.training.data import Images
 from prg.training.loop import Batch, Job, Loss, Prepare, step_generator, train
@@ -21,6 +21,8 @@ def pretrain(run: Run) -> None:
     """Train the run's network, or go on with it, and draw what it learned."""
     job = pretraining_job(run)
     trainer = train(job)
+    if not processes.writes():
+        return
     with trainer.averaged() as net:
         assert isinstance(net, UNet)
         figures.loss_curve(job.folder)
