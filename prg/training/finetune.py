@@ -15,6 +15,7 @@ from prg.paths import PATHS, flow_matching_loss
 from prg.recipe import Recipe
 from prg.training import figures, processes
 from prg.training.augmentation import augment, mix, normalise
+from prg.training.compiled import compile_network
 from prg.training.data import DataError, Images
 from prg.training.frozen import fit_head
 from prg.training.initial import load_initial
@@ -53,6 +54,8 @@ def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> J
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
     origin = load_initial(model.encoder.net, recipe, init)
+    if recipe.finetune.compile:
+        compile_network(model.encoder.net)
     return Job(
         kind="finetune",
         model=model,
