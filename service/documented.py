@@ -18,12 +18,12 @@ IMAGE = (  # a ship, in 8 x 8 pixels
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAIAgMAAAC5YVYYAAAADFBMVEXm5uF4qtw8MjwUPG5JBjioAAAAHElEQVR42mMMZWBiYGBi2MDEwMAkuoTx"
     "P4TLAAAiuQLM6GamBAAAAABJRU5ErkJggg=="
 )
-FACTS = {"model": "prg-cifar10", "model_version": "1", "fingerprint": "776f79ed793b"}
-SHIP = {"label": "ship", "class_id": 8, "probability": 0.942, "logit": 4.505}
-DEER = {"label": "deer", "class_id": 4, "probability": 0.01, "logit": -0.059}
+FACTS = {"model": "prg-cifar10", "model_version": "1", "fingerprint": "db81f47c7670"}
+SHIP = {"label": "ship", "class_id": 8, "probability": 0.908, "logit": 4.062}
+FROG = {"label": "frog", "class_id": 6, "probability": 0.011, "logit": -0.381}
 BROKEN = problem(422, "Not an image", "the bytes are no image, or are broken at the start; accepted: JPEG, PNG, WEBP, "
                  "GIF, BMP, TIFF")  # fmt: skip
-NUMBERS = [2.328, 2.067, 2.297, 4.98]
+NUMBERS = [-10.689, -3.497, -12.253, 3.845]
 INPUTS = {"type": "array", "minItems": 1, "items": {"anyOf": [
     {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}, "additionalProperties": False}
     for kind in ("b64", "data_uri", "url")
@@ -164,7 +164,7 @@ EMBED_ANSWERS[200]["content"]["application/x-npy"] = {
     "schema": {"type": "string", "format": "binary", "description": "float32 .npy, [N, D] or [N, levels, D]"}
 }
 CLASSIFY_ANSWERS = answers({
-    "One image": FACTS | {"t_end": 0.8, "data": [{"index": 0, "predictions": [SHIP, DEER]}],
+    "One image": FACTS | {"t_end": 0.8, "data": [{"index": 0, "predictions": [SHIP, FROG]}],
                           "usage": {"images": 1, "failed": 0}},
     "One of two images is broken": FACTS | {
         "t_end": 0.8, "data": [{"index": 0, "predictions": [SHIP]}, {"index": 1, "error": BROKEN}],
