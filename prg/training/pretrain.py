@@ -5,9 +5,8 @@ from torch import Tensor, nn
 
 from prg.paths import PATHS, Path, flow_matching_loss
 from prg.recipe import Recipe
-from prg.training import figures, processes
+from prg.training import figures
 from prg.training.augmentation import augment, normalise
-from prg.training.compiled import compile_network
 from prg.training.data import Images
 from prg.training.loop import Batch, Job, Loss, Prepare, step_generator, train
 from prg.training.run import Run, choose_device
@@ -22,8 +21,6 @@ def pretrain(run: Run) -> None:
     """Train the run's network, or go on with it, and draw what it learned."""
     job = pretraining_job(run)
     trainer = train(job)
-    if not processes.writes():
-        return
     with trainer.averaged() as net:
         assert isinstance(net, UNet)
         figures.loss_curve(job.folder)
@@ -37,12 +34,9 @@ def pretraining_job(run: Run) -> Job:
     run.check_trained_here(run.pretrained)
     images, held_back = run.training_images()
     torch.manual_seed(recipe.seed)
-    net = UNet(recipe.unet)
-    if recipe.pretrain.compile:
-        compile_network(net)
     return Job(
         kind="pretrain",
-        model=net,
+        model=UNet(recipe.unet),
         prepare=pretraining_batch(recipe),
         loss=pretraining_loss(recipe),
         validate=lambda net: {"validation_loss": validation_loss(net, recipe, held_back)},

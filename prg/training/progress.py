@@ -18,11 +18,8 @@ class Bar(Protocol):
 
 
 @contextmanager
-def track(title: str, total: int, unit: str = "images", done: int = 0, shown: bool = True) -> Iterator[Bar]:
-    """A bar over `total` units, of which `done` were done before; silent where it is not to be shown."""
-    if not shown:
-        yield _Silence()
-        return
+def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterator[Bar]:
+    """A bar over `total` units, of which `done` were done before."""
     if not sys.stderr.isatty():
         yield _Lines(title, total, unit, done)
         return
@@ -48,13 +45,6 @@ def track(title: str, total: int, unit: str = "images", done: int = 0, shown: bo
                 progress.update(task, advance=amount, rate=rate, note=note)
 
         yield Rich()
-
-
-class _Silence:
-    """Nothing at all."""
-
-    def advance(self, amount: int, note: str = "") -> None:
-        pass
 
 
 @dataclass
