@@ -171,6 +171,7 @@ def test_marks_say_why() -> None:
         "needs Docker",
         "needs a GPU",
         "takes hours",
+        "needs nginx",
         "a sketch",
         "needs files that others trained",
         "run by a test of its own",

@@ -82,7 +82,8 @@ def test_stopped_by_its_clock_and_continued_it_ends_with_entries_in_parts(
         patch.setattr(Trainer, "advance", struck)
         assert half_hour.main(call) == 75
     run = tmp_path / "run"
-    assert read_facts(run / "pretrain" / "checkpoint.safetensors")["step"] == 5
+    # the step under way when the system delivers the signal, which it may do a moment later
+    assert 5 <= read_facts(run / "pretrain" / "checkpoint.safetensors")["step"] < 12
     settled = json.loads((run / "half-hour.json").read_text())
     assert settled["epochs"] == {"pretrain": 2.0}  # the recipe's: they fit
     early = joined(tmp_path, "second")
