@@ -13,8 +13,8 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.resnet import ResNet, width_of_flops
+from benchmarks.arms import ARMS, flops
 from entry.config import write_atomically
-from prg.classifier import Classifier
 from prg.recipe import Recipe, load_recipe, recipe_table
 from prg.studies.probes import linear_probe, top1
 from prg.studies.report import Report, conditions, draw_axes, table, write
 from prg.studies.subject import Subject
 from prg.training.augmentation import normalise
 from prg.training.data import Images
-from prg.training.finetune import build_classifier, finetuning_batch
-from prg.training.initial import load_initial
+from prg.training.finetune import finetuning_batch
 from prg.training.loop import Batch, Job, train
 from prg.training.memory import keep_freed_memory
 from prg.training.run import Run, choose_device
@@ -52,74 +49,9 @@ def probe_seeds(share: float) -> tuple[int, ...]:
     return SEEDS[:1] if share == 1 else SEEDS
 
 
-class Logits(nn.Module):
-    """Any of the arms as images to logits: [B, 3, S, S] -> [B, K]."""
-
-    def __init__(self, inner: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.inner = inner
-        self.through = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.through(self.inner, x)
-
-
-def reversed_to(level: float) -> Callable[[Classifier, Tensor], Tensor]:
-    """The whole: the reverse solve to `level`, then the head."""
-    return lambda model, x: model(x, x.new_full((len(x),), level))[2]
-
-
-def at_one(model: Classifier, x: Tensor) -> Tensor:
-    """No solve: activations of the image itself at t = 1, and the pooled image as state."""
-    encoder = model.encoder
-    one = x.new_full((len(x),), encoder.t_start)
-    state = F.adaptive_avg_pool2d(x, (16, 16)).flatten(1)
-    return model.head(model.head_input(state, encoder.field.activations(x, one, encoder.blocks)))
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to a classifier that is trained."""
-
-    title: str
-    build: Callable[[Recipe, int, Path], Logits]
-    """build(recipe, classes, pretrained entry) -> the model before training."""
-
-
-def prg_arm(title: str, pretrained: bool, reverse: bool) -> Arm:
-    """The recipe's own network and head."""
-
-    def build(recipe: Recipe, classes: int, entry: Path) -> Logits:
-        model = build_classifier(recipe, classes)
-        if pretrained:
-            load_initial(model.encoder.net, recipe, entry)
-        return Logits(model, reversed_to(recipe.finetune.t_end[0]) if reverse else at_one)
-
-    return Arm(title, build)
-
-
-def resnet_arm(recipe: Recipe, classes: int, _: Path) -> Logits:
-    """A ResNet of the FLOPs of the recipe's extraction."""
-    whole = flops(Logits(build_classifier(recipe, classes), reversed_to(0.5)), recipe)
-    width = width_of_flops(whole, recipe.image.size, classes)
-    return Logits(ResNet(width, classes), lambda model, x: model(x))
-
-
-ARMS = {
-    "resnet": Arm("ResNet of the same FLOPs", resnet_arm),
-    "scratch": prg_arm("PRG's network and head, without pretraining", pretrained=False, reverse=True),
-    "at-one": prg_arm("pretrained, no reverse solve (T_END = 1)", pretrained=True, reverse=False),
-    "finetuned": prg_arm("PRG, fine-tuned", pretrained=True, reverse=True),
-}
-
-
-def flops(model: nn.Module, recipe: Recipe) -> int:
-    """Of one image's logits; a multiply-add counts two."""
-    x = torch.zeros(1, 3, recipe.image.size, recipe.image.size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(x)
-    model.train()
-    return counter.get_total_flops()
+def key(name: str, share: float, seed: int) -> str:
+    """Under which a run is kept."""
+    return f"{name}/{share:g}/{seed}"
 
 
 def labelled_share(images: Images, share: float, seed: int) -> Images:
@@ -152,9 +84,9 @@ class Comparison:
 
     def __init__(self, folder: Path, recipe: Recipe, entry: Path, count: int) -> None:
         self.folder, self.recipe, self.entry, self.count = folder, recipe, entry, count
-        self.run = Run(folder, recipe)
-        self.training, self.held = self.run.training_images()
-        self.test_name, self.test = self.run.test_images()
+        run = Run(folder, recipe)
+        self.training, self.held = run.training_images()
+        self.test_name, self.test = run.test_images()
         self.path = folder / "results.json"
         told = {
             "recipe": recipe_table(recipe),
@@ -165,7 +97,16 @@ class Comparison:
         self.kept = json.loads(self.path.read_text()) if self.path.exists() else fresh
         if self.kept["settings"] != fresh["settings"]:
             raise SystemExit(f"{self.path}: of other settings; use those, or another folder")
-        self.precision: Any = self.kept.get("precision", recipe.finetune.precision)
+
+    @property
+    def precision(self) -> Any:
+        """The recipe's, and from the first run on what that one was trained in."""
+        return self.kept.get("precision", self.recipe.finetune.precision)
+
+    @cached_property
+    def whole(self) -> int:
+        """FLOPs of an image through the whole of PRG, which all arms are given for each image."""
+        return flops(ARMS["scratch"].build(self.recipe, len(self.training.classes), self.entry), self.recipe)
 
     def keep(self) -> None:
         """Write what is known so far."""
@@ -176,10 +117,10 @@ class Comparison:
         recipe = replace(self.recipe, seed=seed)
         images = labelled_share(self.training, share, seed)
         classes = len(images.classes)
+        whole = self.whole
         torch.manual_seed(seed)
         model = ARMS[name].build(recipe, classes, self.entry)
         cost = flops(model, recipe)
-        whole = flops(ARMS["scratch"].build(recipe, classes, self.entry), recipe)
         seen = round(self.count * whole / cost)  # equal compute: a cheaper arm sees more images
         batch = min(recipe.finetune.batch, len(images))
         steps_per_epoch = max(1, len(images) // batch)
@@ -205,7 +146,7 @@ class Comparison:
             facts={},
         )
         trainer = train(job)
-        self.precision = self.kept["precision"] = trainer.precision
+        self.kept["precision"] = trainer.precision
         with trainer.averaged() as averaged:
             found = accuracy(averaged, judged, recipe)
         shutil.rmtree(folder)
@@ -222,7 +163,7 @@ class Comparison:
     def frozen(self) -> None:
         """Linear probes on both frozen features: features once, then a fit for each share and seed."""
         wanted = [(name, share, seed) for name in PROBES for share in SHARES for seed in probe_seeds(share)]
-        if all(f"{name}/{share:g}/{seed}" in self.kept["runs"] for name, share, seed in wanted):
+        if all(key(*one) in self.kept["runs"] for one in wanted):
             return
         subject = Subject(self.entry)
         level = self.recipe.finetune.t_end[0]
@@ -237,7 +178,7 @@ class Comparison:
             assert some.labels is not None
             probe = linear_probe(fitted[some.pixels], some.labels, len(some.classes))
             found = top1(probe.logits(judged), self.test.labels)
-            self.kept["runs"][f"{name}/{share:g}/{seed}"] = {"top1": found, "seconds": seconds}
+            self.kept["runs"][key(name, share, seed)] = {"top1": found, "seconds": seconds}
         self.keep()
 
     def trained(self) -> None:
@@ -246,11 +187,11 @@ class Comparison:
             for name in ARMS:
                 rate = self.rate(name)
                 for seed in SEEDS:
-                    key = f"{name}/{share:g}/{seed}"
-                    if key not in self.kept["runs"]:
-                        self.kept["runs"][key] = self.train(name, share, seed, rate, self.test)
+                    run = key(name, share, seed)
+                    if run not in self.kept["runs"]:
+                        self.kept["runs"][run] = self.train(name, share, seed, rate, self.test)
                         self.keep()
-                        print(f"{key}: {self.kept['runs'][key]['top1']:.4f}", file=sys.stderr)
+                        print(f"{run}: {self.kept['runs'][run]['top1']:.4f}", file=sys.stderr)
 
     def report(self) -> Report:
         """The table: mean and spread (standard deviation) over the seeds."""
@@ -258,9 +199,9 @@ class Comparison:
         order = ("resnet", "scratch", "at-one", "state", "hidden", "finetuned")
         found = {
             (name, share): [
-                self.kept["runs"][key]["top1"]
+                self.kept["runs"][run]["top1"]
                 for seed in SEEDS
-                if (key := f"{name}/{share:g}/{seed}") in self.kept["runs"]
+                if (run := key(name, share, seed)) in self.kept["runs"]
             ]
             for name in order
             for share in SHARES

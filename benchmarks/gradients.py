@@ -10,7 +10,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,9 @@ def network(preset: str) -> VelocityField:
     return VelocityField(net)
 
 
-def gradient(solve: Solve, field: VelocityField, x: Tensor, steps: int) -> tuple[Tensor, float, int]:
-    """Of half the squared end state, by all parameters and x in one vector; seconds; bytes kept on the way."""
+@contextmanager
+def kept_bytes(field: VelocityField) -> Iterator[Callable[[], int]]:
+    """Gives what tells the bytes of distinct storages that autograd keeps in the context, weights left out."""
     own = {p.untyped_storage().data_ptr() for p in field.parameters()}
     kept: dict[int, int] = {}
     holders = []
@@ -85,12 +87,17 @@ def gradient(solve: Solve, field: VelocityField, x: Tensor, steps: int) -> tuple
         holders.append(tensor)  # keeps every address in use, so that none is counted for another's
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield lambda: sum(kept.values())
+
+
+def gradient(solve: Solve, field: VelocityField, x: Tensor, steps: int) -> tuple[Tensor, float, int]:
+    """Of half the squared end state, by all parameters and x in one vector; seconds; bytes kept on the way."""
     x = x.clone().requires_grad_()
     start = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kept_bytes(field) as kept:
         end = solve(field, x, steps)
-    size = sum(kept.values())
-    holders.clear()
+        size = kept()
     found = torch.autograd.grad(0.5 * end.square().sum(), [x, *field.parameters()])
     return torch.cat([g.flatten() for g in found]), time.perf_counter() - start, size
 

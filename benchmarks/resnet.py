@@ -5,7 +5,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from prg.training.dry_run import count_flops
 
 BLOCKS = 2
 WIDTHS = range(8, 257, 4)
@@ -71,8 +72,7 @@ def width_of_flops(wanted: int, size: int, classes: int) -> int:
     """The width with which an image of size x size costs nearest to so many FLOPs."""
 
     def cost(width: int) -> int:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            ResNet(width, classes).eval()(torch.zeros(1, 3, size, size))
-        return counter.get_total_flops()
+        with torch.device("meta"), torch.no_grad():
+            return count_flops(ResNet(width, classes).eval(), torch.zeros(1, 3, size, size))
 
     return min(WIDTHS, key=lambda width: abs(cost(width) - wanted))

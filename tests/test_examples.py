@@ -4,14 +4,11 @@ import base64
 import os
 import re
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -19,6 +16,7 @@ from service.app import create_app
 from service.settings import Settings, load_settings
 from tests.blocks import MARK, ROOT, Block, Desk, blocks, check, compare
 from tests.prg.workshop import image_folder, overrides
+from tests.serving import served
 
 PAGES = [ROOT / "README.md", ROOT / "docker" / "keys" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -29,16 +27,9 @@ FILES = ("photo.jpg", "cat.jpg", "dog.jpg", "cat.png")
 @pytest.fixture(scope="module")
 def service() -> Iterator[str]:
     """host:port of the service with the shipped model."""
-    app = create_app(Settings(model_repository=ROOT / "model_repository", request_timeout_s=600))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until = time.monotonic() + 300
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.02)
-    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    settings = Settings(model_repository=ROOT / "model_repository", request_timeout_s=600)
+    with served(settings, patience_s=300) as address:
+        yield address
 
 
 def serve(variables: dict[str, str]) -> None:

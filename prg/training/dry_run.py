@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,17 @@ def describe(recipe: Recipe, stage: str) -> str:
 
 
 def flops(recipe: Recipe, encoder: Encoder) -> tuple[int, int]:
-    """FLOPs (a multiply-add counts two) of one network evaluation, and of the extraction of one image."""
+    """FLOPs of one network evaluation, and of the extraction of one image."""
     x = torch.zeros(1, 3, recipe.image.size, recipe.image.size)
-    with torch.no_grad(), FlopCounterMode(display=False) as once:
-        encoder.field(x, torch.ones(1))
-    with torch.no_grad(), FlopCounterMode(display=False) as whole:
-        encoder(x, torch.zeros(1))
-    return once.get_total_flops(), whole.get_total_flops()
+    with torch.no_grad():
+        return count_flops(encoder.field, x, torch.ones(1)), count_flops(encoder, x, torch.zeros(1))
+
+
+def count_flops(work: Callable[..., object], *inputs: Tensor) -> int:
+    """FLOPs of calling `work` with these; a multiply-add counts two."""
+    with FlopCounterMode(display=False) as counter:
+        work(*inputs)
+    return counter.get_total_flops()
 
 
 def parts(recipe: Recipe, stage: str, device: torch.device) -> tuple[nn.Module, Prepare, Loss]:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from entry.config import read_entry, sha256
 from prg.checkpoint import read_facts
 from prg.recipe import Optimisation, Recipe, recipe_table
 from prg.training.data import DataError, splits
-from prg.training.dry_run import images_per_second, parts, random_images, training_count
+from prg.training.dry_run import count_flops, images_per_second, parts, random_images, training_count
 from prg.training.evaluate import BATCH, evaluate, record
 from prg.training.figures import can_plot
 from prg.training.finetune import finetune, finetuning_job
@@ -166,14 +165,12 @@ def _counted(recipe: Recipe, stage: str) -> float:
     model, prepare, loss = parts(recipe, stage, torch.device("meta"))
     cpu = torch.device("cpu")
     batch = prepare(*random_images(recipe, 2, cpu), step_generator(0, 0, cpu))
-    with FlopCounterMode(display=False) as counter:
-        loss(model, tuple(part.to("meta") for part in batch)).backward()
-    return counter.get_total_flops() / 2
+    shapes = tuple(part.to("meta") for part in batch)
+    return count_flops(lambda: loss(model, shapes).backward()) / 2
 
 
 def evaluation_flops(recipe: Recipe) -> float:
     """FLOPs of one evaluation of the network on one image."""
     size = recipe.image.size
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        UNet(recipe.unet)(torch.zeros(1, 3, size, size), torch.ones(1))
-    return counter.get_total_flops()
+    with torch.device("meta"), torch.no_grad():
+        return count_flops(UNet(recipe.unet), torch.zeros(1, 3, size, size), torch.ones(1))

@@ -9,7 +9,8 @@ import torch
 from workshop import image_folder, overrides
 
 from benchmarks import comparison
-from benchmarks.comparison import ARMS, flops, labelled_share
+from benchmarks.arms import ARMS, flops
+from benchmarks.comparison import labelled_share
 from prg.cli import main
 from prg.recipe import load_recipe
 from prg.training.data import Images

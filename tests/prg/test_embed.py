@@ -1,8 +1,6 @@
 """`prg embed`: folders to one file, continued where it was stopped, a bad file no failed job."""
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -11,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 
 from prg import embed as module
 from prg.cli import main
-from service.app import create_app
 from service.settings import Settings
+from tests.serving import served
 from tests.tiny import png, tiny_fingerprint, write_tiny_entry
 
 
@@ -97,18 +94,8 @@ def test_it_goes_on_where_it_was_stopped(
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     write_tiny_entry(tmp_path / "served")
-    config = uvicorn.Config(
-        create_app(Settings(model_repository=tmp_path / "served")), port=0, log_config=None
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until = time.monotonic() + 30
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with served(Settings(model_repository=tmp_path / "served")) as address:
+        yield f"http://{address}"
 
 
 def test_a_service_gives_the_same(pictures: Path, tmp_path: Path, url: str) -> None:

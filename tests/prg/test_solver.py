@@ -8,6 +8,7 @@ import torch
 from networks import random_net
 from torch import Tensor
 
+from benchmarks.gradients import kept_bytes
 from prg.paths import VelocityField
 from prg.solver import TABLEAUS, integrate
 
@@ -80,20 +81,9 @@ def saved_bytes(steps: int) -> int:
     """Bytes of distinct storages that autograd keeps for one solve."""
     field = VelocityField(random_net("small32"))
     x = torch.randn(4, 3, 32, 32, requires_grad=True)
-    own = {p.untyped_storage().data_ptr() for p in field.parameters()}
-    kept: dict[int, int] = {}
-    holders = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        holders.append(tensor)  # keeps every address in use, so that none is counted for another's
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kept_bytes(field) as kept:
         out = integrate(field, x, 1.0, 0.0, steps)
-        total = sum(kept.values())
+        total = kept()
     out.sum().backward()
     return total
 

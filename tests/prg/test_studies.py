@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from workshop import image_folder, overrides
+from workshop import image_folder, trained_run
 
 from entry.config import ImageSpec
 from prg.cli import main
@@ -29,11 +29,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
-    """A run that is pretrained and fine-tuned."""
-    folder = tmp_path_factory.mktemp("run") / "mine"
-    assert main(["pretrain", str(folder), "--recipe", "images-32", "--data", str(photos), *overrides()]) == 0
-    assert main(["finetune", str(folder)]) == 0
-    return folder
+    return trained_run(tmp_path_factory.mktemp("run") / "mine", photos)
 
 
 @pytest.fixture(scope="module")

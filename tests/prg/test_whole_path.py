@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from workshop import image_folder, overrides
+from workshop import image_folder, overrides, trained_run
 
 from entry.config import read_entry
 from entry.images import load_image
@@ -28,11 +28,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
-    """A run that is pretrained and fine-tuned."""
-    folder = tmp_path_factory.mktemp("run") / "mine"
-    assert main(["pretrain", str(folder), "--recipe", "images-32", "--data", str(photos), *overrides()]) == 0
-    assert main(["finetune", str(folder)]) == 0
-    return folder
+    return trained_run(tmp_path_factory.mktemp("run") / "mine", photos)
 
 
 def figures(printed: str) -> dict[str, float]:

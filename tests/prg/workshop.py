@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prg.cli import main
+
 CLASSES = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 SETTINGS = (
     *("network=tiny16", "image.size=16", "image.resize=16", "data.validation=0.2", "pretrain.precision=fp32"),
@@ -34,6 +36,13 @@ def image_folder(folder: Path, each: int = 20, splits: tuple[str, ...] = ("train
                 Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
                     place / f"{i}.png"
                 )
+    return folder
+
+
+def trained_run(folder: Path, photos: Path) -> Path:
+    """A run that is pretrained and fine-tuned."""
+    assert main(["pretrain", str(folder), "--recipe", "images-32", "--data", str(photos), *overrides()]) == 0
+    assert main(["finetune", str(folder)]) == 0
     return folder
 
 

@@ -1,8 +1,6 @@
 """/v1/embeddings: OpenAI's own package talks to it unchanged."""
 
 import base64
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,11 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 
-from service.app import create_app
 from service.auth import new_key
 from service.settings import Settings
+from tests import serving
 from tests.service.conftest import Start
 from tests.tiny import png, write_tiny_entry
 
@@ -37,16 +34,8 @@ def served(tmp_path: Path) -> Iterator[tuple[str, str]]:
     (tmp_path / "keys.toml").write_text(row)
     write_tiny_entry(tmp_path / "models")
     settings = Settings(model_repository=tmp_path / "models", api_keys_file=tmp_path / "keys.toml")
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until = time.monotonic() + 30
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/v1", key
-    server.should_exit = True
-    thread.join()
+    with serving.served(settings) as address:
+        yield f"http://{address}/v1", key
 
 
 def test_the_openai_package(served: tuple[str, str]) -> None:
