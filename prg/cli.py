@@ -44,10 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     from prg.client import ServiceError
     from prg.export import ExportError
     from prg.training.data import DataError
-    from prg.training.loop import Interrupted
+    from prg.training.processes import Interrupted, ProcessError, be_alone
 
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
+        if command not in (_pretrain, _finetune, _reproduce) or arguments.dry_run:
+            be_alone()
         command(arguments)
     except (
         RecipeError,
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         EntryError,
         ExportError,
         ServiceError,
+        ProcessError,
         FloatingPointError,
     ) as error:
         print(f"prg: {error}", file=sys.stderr)
@@ -281,6 +284,7 @@ def _source(data: str) -> str:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    from prg.training import processes
     from prg.training.memory import keep_freed_memory
     from prg.training.pretrain import pretrain
     from prg.training.run import open_run
@@ -289,12 +293,15 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         _dry_run(arguments, "pretrain")
         return
     keep_freed_memory()
-    run = open_run(arguments.run, _recipe(arguments))
-    pretrain(run)
-    print(f"pretrained: {run.pretrained}\nnext: prg finetune {arguments.run}")
+    with processes.joined():
+        run = open_run(arguments.run, _recipe(arguments))
+        pretrain(run)
+        if processes.writes():
+            print(f"pretrained: {run.pretrained}\nnext: prg finetune {arguments.run}")
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
+    from prg.training import processes
     from prg.training.finetune import finetune
     from prg.training.memory import keep_freed_memory
     from prg.training.run import open_run
@@ -303,9 +310,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
         _dry_run(arguments, "finetune")
         return
     keep_freed_memory()
-    run = open_run(arguments.run, _recipe(arguments))
-    finetune(run, arguments.init)
-    print(f"fine-tuned: {run.finetuned}\nnext: prg evaluate {arguments.run}")
+    with processes.joined():
+        run = open_run(arguments.run, _recipe(arguments))
+        finetune(run, arguments.init)
+        if processes.writes():
+            print(f"fine-tuned: {run.finetuned}\nnext: prg evaluate {arguments.run}")
 
 
 def _dry_run(arguments: argparse.Namespace, stage: str) -> None:
@@ -483,13 +492,21 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
+    from prg.training import processes
+    from prg.training.memory import keep_freed_memory
     from prg.training.reproduce import plan, reproduce
     from prg.training.run import open_run
 
     overrides = [*arguments.set, *_data_override(arguments.data)]
     run = open_run(arguments.run, load_recipe(arguments.recipe, overrides))
-    for line in [plan(run)] if arguments.dry_run else reproduce(run):
-        print(line, flush=True)
+    if arguments.dry_run:
+        print(plan(run))
+        return
+    keep_freed_memory()
+    with processes.joined():
+        for line in reproduce(run):
+            if processes.writes():
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

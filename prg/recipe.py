@@ -77,6 +77,8 @@ class Optimisation:
     """In this order, each image by its own draw."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: whichever a short probe finds faster on this machine."""
+    compile: bool = False
+    """Compile the network (torch.compile): minutes at first, then faster steps on some GPUs; no gain on processors."""
 
     def __post_init__(self) -> None:
         for name, good in {

@@ -13,8 +13,9 @@ from prg.classifier import Classifier
 from prg.encoder import Encoder
 from prg.paths import PATHS, flow_matching_loss
 from prg.recipe import Recipe
-from prg.training import figures
+from prg.training import figures, processes
 from prg.training.augmentation import augment, mix, normalise
+from prg.training.compiled import compile_network
 from prg.training.data import DataError, Images
 from prg.training.frozen import fit_head
 from prg.training.initial import load_initial
@@ -35,10 +36,11 @@ def finetune(run: Run, init: Path | None = None) -> None:
     images, held_back = run.training_images()
     job = finetuning_job(run, init or run.pretrained, images, held_back)
     if run.recipe.finetune.freeze:
-        fit_head(job, run.recipe, held_back)
+        processes.told(lambda: fit_head(job, run.recipe, held_back))  # minutes, for one alone
         return
     train(job)
-    figures.loss_curve(job.folder)
+    if processes.writes():
+        figures.loss_curve(job.folder)
 
 
 def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> Job:
@@ -52,6 +54,8 @@ def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> J
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
     origin = load_initial(model.encoder.net, recipe, init)
+    if recipe.finetune.compile:
+        compile_network(model.encoder.net)
     return Job(
         kind="finetune",
         model=model,

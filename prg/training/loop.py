@@ -26,10 +26,12 @@ from prg.checkpoint import (
     load_strictly,
     save_checkpoint,
 )
-from prg.recipe import Optimisation, with_defaults
+from prg.recipe import Optimisation, RecipeError, with_defaults
+from prg.training import processes
 from prg.training.data import Images
 from prg.training.muon import Muon
 from prg.training.precision import Precision, choose_precision
+from prg.training.processes import Interrupted
 from prg.training.progress import track
 
 SAVE_EVERY_S = 120.0
@@ -50,10 +52,6 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 """loss(model, batch) -> scalar."""
 Validate = Callable[[nn.Module], dict[str, float]]
 """Figures of the (averaged) model on the validation images."""
-
-
-class Interrupted(Exception):
-    """Stopped by SIGINT or SIGTERM; the checkpoint is written."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,10 @@ class Trainer:
         self.step = 0
         self.precision: Precision = "fp32"
         self.seconds = 0.0
+        self.stop = threading.Event()
+        """Set by a signal to this process."""
+        self.stopping = False
+        """Whether any process was told to stop; all know it after the same step."""
         self._worker = ThreadPoolExecutor(1, "prepare")
         self._ahead: dict[int, Future[Batch]] = {}
 
@@ -175,6 +177,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint."""
+        if not processes.writes():
+            return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for optimiser, p, name in self.trained():
@@ -189,7 +193,8 @@ class Trainer:
             "precision": self.precision,
             "seconds": round(self.seconds, 1),
             "torch": torch.__version__,
-            "device": device_name(self.job.device),
+            "device": device_name(self.job.device)
+            + (f", {n} processes" if (n := processes.count()) > 1 else ""),
             **self.job.facts,
         }
         save_checkpoint(self.job.checkpoint, Checkpoint(tensors, facts))
@@ -202,7 +207,7 @@ class Trainer:
         labels = None
         if job.images.labels is not None:
             labels = torch.from_numpy(job.images.labels[index]).to(job.device)
-        return job.prepare(pixels, labels, step_generator(job.seed, step, job.device))
+        return processes.share(job.prepare(pixels, labels, step_generator(job.seed, step, job.device)))
 
     def loss(self, step: int, precision: Precision) -> Tensor:
         """The loss of one step's batch; the next step's is prepared meanwhile."""
@@ -220,14 +225,14 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(config, self.step, self.job.steps)
         loss = self.loss(self.step, self.precision)
-        value = loss.item()
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        value, self.stopping = processes.average(self.model, loss.item(), self.stop.is_set())
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"{self.job.kind}: the loss is {value} at step {self.step}; the checkpoint before it is kept. "
                 f"Lower {self.job.kind}.lr (now {config.lr}), or set {self.job.kind}.clip"
             )
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         for optimiser in self.optimisers:
@@ -265,12 +270,16 @@ def train(job: Job) -> Trainer:
 
 def _train(job: Job, trainer: Trainer) -> None:
     resumed = trainer.resume()
-    job.begun()
+    _check_processes(job, trainer)
+    if processes.writes():
+        job.begun()
     if job.config.precision != "auto":
         trainer.precision = job.config.precision
     elif trainer.step < job.steps:
         kept = trainer.precision if resumed else None
-        trainer.precision = choose_precision(lambda p: trainer.loss(trainer.step, p), trainer.model, kept)
+        trainer.precision = processes.told(
+            lambda: choose_precision(lambda p: trainer.loss(trainer.step, p), trainer.model, kept)
+        )
     job.folder.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(job.folder / "metrics.jsonl", trainer.step)
     trainer.model.train()
@@ -280,7 +289,8 @@ def _train(job: Job, trainer: Trainer) -> None:
     per_epoch = job.steps_per_epoch
     batch = min(job.config.batch, len(job.images))
     title = {"pretrain": "pretraining", "finetune": "fine-tuning"}[job.kind]
-    with stop_signals() as stop, track(title, job.steps * batch, done=trainer.step * batch) as bar:
+    shown = track(title, job.steps * batch, done=trainer.step * batch, shown=processes.writes())
+    with stop_signals(trainer.stop), shown as bar:
         while trainer.step < job.steps:
             running.append(trainer.advance())
             trainer.seconds = time.monotonic() - started
@@ -289,16 +299,33 @@ def _train(job: Job, trainer: Trainer) -> None:
             if trainer.step % LOG_EVERY_STEPS == 0 or last:
                 metrics.write(trainer, loss=float(np.mean(running)))
                 running.clear()
-            if trainer.step % per_epoch == 0 or last:
+            if (trainer.step % per_epoch == 0 or last) and processes.writes():
                 with trainer.averaged() as model:
                     metrics.write(trainer, **job.validate(model))
-            if last or stop.is_set() or time.monotonic() - saved > SAVE_EVERY_S:
+            if last or trainer.stopping or time.monotonic() - saved > SAVE_EVERY_S:
                 trainer.save()
                 saved = time.monotonic()
-            if stop.is_set() and not last:
+            if trainer.stopping and not last:
                 raise Interrupted(
                     f"stopped at step {trainer.step} of {job.steps}; the same command continues"
                 )
+    processes.meet()  # the checkpoint is written
+
+
+def _check_processes(job: Job, trainer: Trainer) -> None:
+    """Raise RecipeError for a batch that can't be shared, CheckpointError where a process sees another run."""
+    n, batch = processes.count(), min(job.config.batch, len(job.images))
+    if batch % n:
+        raise RecipeError(
+            f"{job.kind}.batch = {job.config.batch}: {batch} images a step can't be shared equally by {n} processes; "
+            f"--set {job.kind}.batch to a multiple of {n}"
+        )
+    first = processes.told(lambda: trainer.step)
+    if first != trainer.step:
+        raise CheckpointError(
+            f"{job.checkpoint}: at step {trainer.step} here, at {first} for process 0; "
+            "all processes must see the same folder"
+        )
 
 
 class Metrics:
@@ -306,12 +333,16 @@ class Metrics:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
+        if not processes.writes():
+            return
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, trainer: Trainer, **figures: float) -> None:
         """Append one line."""
+        if not processes.writes():
+            return
         config = trainer.job.config
         row = {
             "step": trainer.step,
@@ -369,11 +400,10 @@ def is_kernel(p: nn.Parameter) -> bool:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals(stop: threading.Event) -> Iterator[None]:
     """SIGINT and SIGTERM set the event, so that the loop ends after the step under way; a second one is not held."""
-    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -382,7 +412,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from prg.paths import PATHS, Path, flow_matching_loss
 from prg.recipe import Recipe
-from prg.training import figures
+from prg.training import figures, processes
 from prg.training.augmentation import augment, normalise
+from prg.training.compiled import compile_network
 from prg.training.data import Images
 from prg.training.loop import Batch, Job, Loss, Prepare, step_generator, train
 from prg.training.run import Run, choose_device
@@ -21,6 +22,8 @@ def pretrain(run: Run) -> None:
     """Train the run's network, or go on with it, and draw what it learned."""
     job = pretraining_job(run)
     trainer = train(job)
+    if not processes.writes():
+        return
     with trainer.averaged() as net:
         assert isinstance(net, UNet)
         figures.loss_curve(job.folder)
@@ -34,9 +37,12 @@ def pretraining_job(run: Run) -> Job:
     run.check_trained_here(run.pretrained)
     images, held_back = run.training_images()
     torch.manual_seed(recipe.seed)
+    net = UNet(recipe.unet)
+    if recipe.pretrain.compile:
+        compile_network(net)
     return Job(
         kind="pretrain",
-        model=UNet(recipe.unet),
+        model=net,
         prepare=pretraining_batch(recipe),
         loss=pretraining_loss(recipe),
         validate=lambda net: {"validation_loss": validation_loss(net, recipe, held_back)},

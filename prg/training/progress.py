@@ -18,8 +18,11 @@ class Bar(Protocol):
 
 
 @contextmanager
-def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterator[Bar]:
-    """A bar over `total` units, of which `done` were done before."""
+def track(title: str, total: int, unit: str = "images", done: int = 0, shown: bool = True) -> Iterator[Bar]:
+    """A bar over `total` units, of which `done` were done before; silent where it is not to be shown."""
+    if not shown:
+        yield _Silence()
+        return
     if not sys.stderr.isatty():
         yield _Lines(title, total, unit, done)
         return
@@ -45,6 +48,13 @@ def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterat
                 progress.update(task, advance=amount, rate=rate, note=note)
 
         yield Rich()
+
+
+class _Silence:
+    """Nothing at all."""
+
+    def advance(self, amount: int, note: str = "") -> None:
+        pass
 
 
 @dataclass

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from entry.config import read_entry, sha256
 from prg.checkpoint import read_facts
 from prg.recipe import Optimisation, Recipe, recipe_table
+from prg.training import processes
 from prg.training.data import DataError, splits
 from prg.training.dry_run import count_flops, images_per_second, parts, random_images, training_count
 from prg.training.evaluate import BATCH, evaluate, record
@@ -42,26 +44,31 @@ class Stage:
 def reproduce(run: Run) -> Iterator[str]:
     """Pretrain, fine-tune, export to the run's `entry` and evaluate that; yields a line after each stage.
 
-    Raises whatever the stages raise, CheckpointError also where a checkpoint is of another recipe.
+    Of several processes all train, and the writer does the rest. Raises whatever the stages raise,
+    CheckpointError also where a checkpoint is of another recipe.
     """
     job = pretraining_job(run)
-    yield from _stage("pretrain", finished(job, "trajectory.png"), lambda: pretrain(run))
-    job = finetuning_job(run, run.pretrained, *run.training_images())
+    yield from _stage("pretrain", lambda: finished(job, "trajectory.png"), lambda: pretrain(run))
+    tuning = finetuning_job(run, run.pretrained, *run.training_images())
     drawn = "metrics.jsonl" if run.recipe.finetune.freeze or not can_plot() else "curves.png"
-    yield from _stage("finetune", finished(job, drawn), lambda: finetune(run))
+    yield from _stage("finetune", lambda: finished(tuning, drawn), lambda: finetune(run))
     entry = run.folder / "entry"
-    exported = is_exported(run.finetuned, entry)
-    yield from _stage("export", exported, lambda: publish(run, "finetune", entry, "fp32", compact=False))
+    yield from _stage(
+        "export",
+        lambda: is_exported(run.finetuned, entry),
+        lambda: processes.told(lambda: publish(run, "finetune", entry, "fp32", compact=False)),
+    )
     name, images = run.test_images()
-    known = read_entry(entry)
-    evaluated = name in (a.data for a in known.prg.versions[known.default_version].accuracy)
-    yield from _stage("evaluate", evaluated, lambda: record(entry, evaluate(entry, images, name)))
-    known = read_entry(entry)
-    [found] = [a for a in known.prg.versions[known.default_version].accuracy if a.data == name]
-    yield json.dumps(found.model_dump())
+    yield from _stage(
+        "evaluate",
+        lambda: bool(measured(entry, name)),
+        lambda: processes.told(lambda: record(entry, evaluate(entry, images, name))),
+    )
+    yield json.dumps(processes.told(lambda: measured(entry, name))[0])
 
 
-def _stage(name: str, done: bool, work: Callable[[], object]) -> Iterator[str]:
+def _stage(name: str, was_done: Callable[[], bool], work: Callable[[], object]) -> Iterator[str]:
+    done = processes.told(was_done)
     if not done:
         work()
     yield f"{name}: done{' already' if done else ''}"
@@ -85,6 +92,12 @@ def is_exported(checkpoint: Path, directory: Path) -> bool:
         return False
     entry = read_entry(directory)
     return entry.prg.versions[entry.default_version].training.get("checkpoint") == sha256(checkpoint)
+
+
+def measured(directory: Path, data: str) -> list[dict[str, Any]]:
+    """What the entry's highest version says of its accuracy on `data`, if it does."""
+    entry = read_entry(directory)
+    return [a.model_dump() for a in entry.prg.versions[entry.default_version].accuracy if a.data == data]
 
 
 def plan(run: Run) -> str:

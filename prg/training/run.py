@@ -10,6 +10,7 @@ import torch
 from entry.config import ImageSpec, write_atomically
 from prg.checkpoint import CheckpointError, differences, read_facts
 from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table, with_defaults
+from prg.training import processes
 from prg.training.data import (
     DataError,
     Images,
@@ -112,7 +113,10 @@ class Run:
 
     def _load(self, source: Source) -> Images:
         data = self.recipe.data
-        return load_split(source, self.image_spec, self.folder / "data", data.skip_unreadable, data.enlarge)
+        with processes.writer_first():
+            return load_split(
+                source, self.image_spec, self.folder / "data", data.skip_unreadable, data.enlarge
+            )
 
     def _named(self, images: Images) -> Images:
         """The images under the class names that the recipe gives, if it does."""
@@ -144,5 +148,7 @@ def open_run(folder: Path, recipe: Recipe | None) -> Run:
 
 
 def choose_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU where there is one; of several, this process's own."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from workshop import image_folder, overrides
 from prg.checkpoint import CheckpointError, load_checkpoint
 from prg.cli import main
 from prg.recipe import Pretrain
-from prg.training import loop
+from prg.training import compiled, loop
 from prg.training.loop import batch_at, learning_rate
 from prg.training.precision import choose_precision
 
@@ -165,6 +167,32 @@ def test_precision_is_what_is_faster_here(
     said = capsys.readouterr().err
     assert f"precision: {chosen}" in said
     assert ("changed from bf16" in said) == (kept == "bf16" and chosen == "fp32")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
+def test_a_compiled_network_trains_as_the_plain_one(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    plain, quick = tmp_path / "plain", tmp_path / "quick"
+    short = ("pretrain.epochs=1", "finetune.epochs=1")
+    made = []
+    for run, more in ((plain, ()), (quick, ("pretrain.compile=true", "finetune.compile=true"))):
+        assert main(pretraining(run, photos, *short, *more)) == 0
+        made.append(len(graphs))
+        assert main(["finetune", str(run)]) == 0
+        made.append(len(graphs))
+    assert 0 == made[0] == made[1] < made[2] < made[3]
+    for kind in ("pretrain", "finetune"):
+        a, b = (load_checkpoint(run / kind / "checkpoint.safetensors", kind) for run in (plain, quick))
+        assert a.tensors.keys() == b.tensors.keys()
+        assert all(torch.allclose(a.tensors[k], b.tensors[k], atol=1e-4) for k in a.tensors)
 
 
 def test_a_missing_checkpoint_names_path_and_fix(
