@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Classify a test split with the exported module itself, on the preprocessing that is served; "
         "or, with --study, answer one of these:\n"
         + "\n".join(
-            f"  {name:11} {s.question} (of a run: its {s.stage}ed model; {s.limit} images)"
+            f"  {name:11} {s.question} (of a run: its {s.stage.replace('tune', '-tun')}ed model; {s.limit} images)"
             for name, s in STUDIES.items()
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -82,6 +82,7 @@ def test_options_in_running_text_exist() -> None:
     for script in (ROOT / "examples").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf-8")))
     known |= {"--new-key", "--wait", "--rm"}
+    known |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # of torchrun
     assert asked <= known
     assert "--dry-run" in asked
 
@@ -161,6 +162,7 @@ def test_marks_say_why() -> None:
     assert {b.reason for b in BLOCKS if b.reason} <= {
         "needs Docker",
         "needs a GPU",
+        "needs several GPUs",
         "takes hours",
         "needs nginx",
         "a sketch",

@@ -10,6 +10,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+
+# Its functions have the group as their default argument, of the moment when it is imported, which making an optimiser
+# does: they would keep a group from ever ending, whose threads then abort the interpreter while that ends.
+import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
