@@ -242,7 +242,8 @@ def read_entry(directory: Path) -> Entry:
     try:
         config = text_format.Parse(path.read_text("utf-8"), ModelConfig())
     except OSError as error:
-        raise EntryError(f"{path}: {error.strerror}") from None
+        made = "an entry is a folder that `prg export` writes, such as model_repository/prg-cifar10"
+        raise EntryError(f"{path}: {error.strerror}; {made}") from None
     except UnicodeDecodeError:
         raise EntryError(f"{path}: not UTF-8 text; {REMEDY}") from None
     except text_format.ParseError as error:

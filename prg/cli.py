@@ -18,7 +18,7 @@ try:
     from prg.studies.catalogue import STUDIES
 except ModuleNotFoundError as missing:  # the service alone is installed without them
     raise SystemExit(
-        f"prg: {missing.name} is not installed; run `make setup`, or pip install 'prg-service[embedded,train]'"
+        f"prg: {missing.name} is not installed; run `make setup`, or pip install -e '.[embedded,train]'"
     ) from None
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -279,7 +280,7 @@ def _portions(images: Iterable[Image]) -> Iterator[list[tuple[str, tuple[str, by
     size = 0
     for image in images:
         name, content = (
-            ("image", image) if isinstance(image, bytes) else (Path(image).name, Path(image).read_bytes())
+            ("image", image) if isinstance(image, bytes) else (_name(Path(image)), Path(image).read_bytes())
         )
         if files and (len(files) == REQUEST_IMAGES or size + len(content) > REQUEST_BYTES):
             yield files
@@ -288,6 +289,11 @@ def _portions(images: Iterable[Image]) -> Iterator[list[tuple[str, tuple[str, by
         size += len(content)
     if files:
         yield files
+
+
+def _name(path: Path) -> str:
+    """For the service, a name of UTF-8 whatever bytes the file's own has."""
+    return os.fsencode(path.name).decode(errors="replace")
 
 
 def _errors(items: list[dict[str, Any]]) -> dict[int, str]:

@@ -183,7 +183,9 @@ def find_images(sources: Iterable[str]) -> Iterator[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and (p.is_file() or dangles(p))
+            )
         elif path.is_file():
             found = [path]
         else:
@@ -196,9 +198,19 @@ def find_images(sources: Iterable[str]) -> Iterator[Path]:
                 yield file
 
 
+def dangles(path: Path) -> bool:
+    """Whether it is a link to nothing: a row with an error, not a file less."""
+    return path.is_symlink() and not path.exists()
+
+
+def shown(path: Path) -> str:
+    """The path as text; bytes of it that are no UTF-8 as \\xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _parts(out: Path, files: list[Path], identity: dict[str, Any]) -> Path:
     """The folder of what is done, made or found. Raises DataError where it is of other images or options."""
-    listing = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()
+    listing = hashlib.sha256(b"\n".join(map(os.fsencode, files))).hexdigest()
     about = json.dumps({"images": len(files), "listing": listing, **identity}, sort_keys=True)
     parts = out.with_name(out.name + ".parts")
     note = parts / "about.json"
@@ -232,7 +244,7 @@ def _write(
     temporary = out.with_name(out.name + ".tmp")
     if out.suffix == ".npy":
         lines = [
-            {"path": str(f)} | ({"error": errors[i]} if i in errors else {}) for i, f in enumerate(files)
+            {"path": shown(f)} | ({"error": errors[i]} if i in errors else {}) for i, f in enumerate(files)
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(out.with_suffix(".jsonl"), text.encode())
@@ -245,7 +257,7 @@ def _write(
 
         flat = pa.array(vectors.ravel(), pa.float32())
         columns = {
-            "path": pa.array(map(str, files)),
+            "path": pa.array(map(shown, files)),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
             "error": pa.array([errors.get(i) for i in range(len(files))], pa.string()),
         }

@@ -61,7 +61,13 @@ def create_app(settings: Settings) -> FastAPI:
         await fetcher.close()
 
     app = FastAPI(
-        title="PRG", version="1", description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="PRG",
+        version="1",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.keys = keys
     errors.install(app)
@@ -219,6 +225,7 @@ def _settings_help() -> str:
     lines = []
     for name, field in Settings.model_fields.items():
         default = "" if field.default in ("", None, ()) else field.default
+        default = ",".join(default) if isinstance(default, tuple) else default
         lines.append(f"  PRG_{name.upper()}={default}\n      {field.description or ''}")
     return "\n".join(lines)
 

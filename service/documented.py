@@ -60,6 +60,7 @@ ERRORS: dict[int, tuple[str, tuple[tuple[str, str], ...]]] = {
             ("Malformed body", 'the JSON must be an object such as {"inputs": [{"b64": "…"}]}'),
             ("Wrong option", "t_end is '2', must be a number from 0 (noise) to 1 (the image), or up to 8 of them"),
             ("Unknown option", "'topk' in the form is no option here; allowed: model, model_version, t_end"),
+            ("Unknown field", "a file came as 'image'; send files as `files`"),
             ("Contradicting options", "t_end is given twice: 0.8 and 0.5"),
             ("Unknown model", "no model 'other' here; there are: prg-cifar10"),
             ("Unknown model version", "prg-cifar10 has no version '7'; there are: 1"),
@@ -85,16 +86,28 @@ ERRORS: dict[int, tuple[str, tuple[tuple[str, str], ...]]] = {
     ),
 }  # fmt: skip
 """Status -> when, and (title, detail) of each example."""
+OF_CLASSIFY = ("No classes",)
+"""Titles that only /classify answers."""
+OPENAI_400 = (
+    ("Body too large", "a request may have 67,108,864 bytes; send fewer images in each"),
+    ("Malformed body", "model: Field required"),
+    ("Wrong option", "dimensions is 3, hidden of this model has 256"),
+    ("Wrong header", "Priority is 'high', must be interactive or bulk"),
+    ("Too many images", "images x levels = 600, at most 512 fit in this server's queue; send fewer"),
+    ("No usable image", f"input[0]: {BROKEN['detail']}"),
+)  # fmt: skip
+OPENAI_404 = (("Unknown model", "no model 'other' here; there are: prg-cifar10"),)
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses of a route that answers these errors as problem+json."""
+def problems(*statuses: int, without: tuple[str, ...] = ()) -> dict[int | str, dict[str, Any]]:
+    """Responses of a route that answers these errors as problem+json, but for some titles."""
     responses: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         when, rows = ERRORS[status]
         examples = {
             _slug(title): {"summary": title, "value": problem(status, title, detail)}
             for title, detail in rows
+            if title not in without
         }
         if status == 422:
             body = problem(422, "No usable image", BROKEN["detail"]) | FACTS
@@ -115,26 +128,25 @@ POSTED = (401, 403, 413, 415, 422, 429, 500, 503, 504)
 
 
 def openai_problems() -> dict[int | str, dict[str, Any]]:
-    """The same errors in OpenAI's shape: 400 for anything wrong in the input, 404 for an unknown model."""
+    """Errors in OpenAI's shape: 400 for anything wrong in the input, 404 for an unknown model."""
+    table = {status: ERRORS[status] for status in (401, 403, 429, 500, 503, 504)}
+    table |= {400: ("the input is wrong", OPENAI_400), 404: ("no such model", OPENAI_404)}
     responses: dict[int | str, dict[str, Any]] = {}
-    for status in (401, 403, 413, 422, 429, 500, 503, 504):
-        when, rows = ERRORS[status]
-        for title, detail in rows:
-            answer = Problem(status, title, detail).openai()
-            shown = responses.setdefault(
-                answer.status_code,
-                {
-                    "description": {400: "the input is wrong", 404: "no such model"}.get(
-                        answer.status_code, when
-                    ),
-                    "model": OpenAIProblem,
-                    "content": {"application/json": {"examples": {}}},
-                },
-            )
-            examples = shown["content"]["application/json"]["examples"]
-            examples[_slug(title)] = {"summary": title, "value": json.loads(bytes(answer.body))}
-            if status in (429, 503):
-                shown["headers"] = RETRY_AFTER
+    for status, (when, rows) in sorted(table.items()):
+        examples = {
+            _slug(title): {
+                "summary": title,
+                "value": json.loads(bytes(Problem(status, title, detail).openai().body)),
+            }
+            for title, detail in rows
+        }
+        responses[status] = {
+            "description": when,
+            "model": OpenAIProblem,
+            "content": {"application/json": {"examples": examples}},
+        }
+        if status in (429, 503):
+            responses[status]["headers"] = RETRY_AFTER
     return responses
 
 
@@ -182,7 +194,7 @@ MODEL = {
     "features": {"state": {"dim": 768}, "hidden": {"dim": 256, "layers": ["middle_block"]}},
     "labels": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
     "classify_t_end": [0.8], "path": "icfm", "solver": "euler", "steps": 1, "nfe": 2,
-    "accuracy": [{"data": "cifar10/test", "images": 10000, "top1": 0.8464, "top5": 0.9915}],
+    "accuracy": [{"data": "cifar10/test", "images": 10000, "top1": 0.8901, "top5": 0.9926}],
 }  # fmt: skip
 FAILED = {
     "name": "broken",

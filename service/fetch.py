@@ -52,6 +52,10 @@ class Fetcher:
             raise _unreadable(f"it took longer than {TIMEOUT_S:g} s") from None
         except httpx.HTTPError as error:
             raise _unreadable(type(error).__name__) from None
+        except ImageError:
+            raise
+        except (httpx.InvalidURL, ValueError):  # of a redirect, or what only httpx or a codec finds
+            raise ImageError(403, REFUSED, "the URL is malformed") from None
         raise _unreadable(f"over {MAX_REDIRECTS} redirects")
 
     async def _hop(self, http: httpx.AsyncClient, url: str) -> tuple[bytes | None, str]:
@@ -60,7 +64,7 @@ class Fetcher:
         request = http.build_request(
             "GET",
             pinned,
-            headers={"Host": host if port is None else f"{host}:{port}", "Accept-Encoding": "identity"},
+            headers={"Host": _netloc(host, port), "Accept-Encoding": "identity"},
             extensions={"sni_hostname": host},
         )
         response = await http.send(request, stream=True)
@@ -83,23 +87,25 @@ async def _judge(url: str) -> tuple[str, int | None, str]:
     """(host, port if given, the URL with an address in the host's place). Raises ImageError 403."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+    except ValueError:  # brackets, port, or a host that no name can be
         raise ImageError(403, REFUSED, "the URL is malformed") from None
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
         raise ImageError(403, REFUSED, "only http:// and https:// URLs without a user are read")
     try:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
+    except OSError:
         raise _unreadable("its host has no address") from None
     addresses = [ipaddress.ip_address(str(item[4][0]).partition("%")[0]) for item in found]
     if not all(is_public(address) for address in addresses):
         raise ImageError(403, REFUSED, "its host is in a private or reserved network")
-    address = addresses[0]
-    literal = f"[{address}]" if address.version == 6 else str(address)
-    netloc = literal if port is None else f"{literal}:{port}"
-    return host, port, parts._replace(netloc=netloc, fragment="").geturl()
+    return host, port, parts._replace(netloc=_netloc(str(addresses[0]), port), fragment="").geturl()
+
+
+def _netloc(host: str, port: int | None) -> str:
+    literal = f"[{host}]" if ":" in host else host
+    return literal if port is None else f"{literal}:{port}"
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -2,13 +2,14 @@
 
 import base64
 import io
+import re
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
 from service.auth import Key, needs
-from service.documented import EMBED_ANSWERS, POSTED, posted, problems
+from service.documented import EMBED_ANSWERS, OF_CLASSIFY, POSTED, posted, problems
 from service.intake import parse_options, read_request
 from service.limits import deadline
 from service.routes.answers import answer, failed, gateway_of
@@ -16,6 +17,7 @@ from service.schemas import EmbedAnswer, EmbedOptions
 
 router = APIRouter()
 NPY = "application/x-npy"
+MEDIA_RANGE = re.compile(r"([^\s,;]+/[^\s,;]+)(?:\s*;\s*(?:q=(1(?:\.0*)?|0(?:\.\d*)?)|[^,;]*))*")
 NPY_HEADERS = {"X-Model": "model", "X-Model-Version": "model_version", "X-Fingerprint": "fingerprint"}
 """Headers of a .npy answer -> the fact that each tells."""
 
@@ -24,7 +26,7 @@ NPY_HEADERS = {"X-Model": "model", "X-Model-Version": "model_version", "X-Finger
     "/embed",
     summary="Embeddings of images",
     response_model=EmbedAnswer,
-    responses=EMBED_ANSWERS | problems(*POSTED),
+    responses=EMBED_ANSWERS | problems(*POSTED, without=OF_CLASSIFY),
     openapi_extra=posted(EmbedOptions, {"t_end": [0.9, 0.6], "feature": "state"}),
 )
 async def embed(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:
@@ -59,11 +61,20 @@ async def embed(request: Request, key: Annotated[Key | None, Depends(needs("infe
             ]
         }
 
-    if NPY not in request.headers.get("accept", ""):
+    if not prefers_npy(request.headers.get("accept", "")):
         return answer(facts, results, item)
     if results.errors:
         raise failed(facts, results, item)
     return as_npy(values if isinstance(t_end, list) else values[:, 0], facts)
+
+
+def prefers_npy(accept: str) -> bool:
+    """Whether a client names .npy, and likes it no less than JSON (RFC 9110, 12.5.1)."""
+    liked: dict[str, float] = {}
+    for kind, q in MEDIA_RANGE.findall(accept.lower()):
+        liked[kind] = float(q or 1)
+    as_json = next((liked[k] for k in ("application/json", "application/*", "*/*") if k in liked), 0.0)
+    return liked.get(NPY, 0.0) > 0 and liked[NPY] >= as_json
 
 
 def shown(vector: np.ndarray, encoding_format: str) -> np.ndarray | str:

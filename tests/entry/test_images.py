@@ -4,13 +4,16 @@ import io
 import json
 import os
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from entry import images
 from entry.config import ImageSpec
 from entry.images import FORMATS, ImageError, Limits, image_array, load_image
 from tests.tiny import png
@@ -156,3 +159,28 @@ def outcome(data: bytes) -> int:
     except ImageError as error:
         return error.status
     return 200 if found.shape == (3, 32, 32) else 500
+
+
+@pytest.mark.parametrize(("large", "together"), [(8 * 8, True), (8 * 8 - 1, False)])
+def test_large_pictures_are_decoded_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, large: int, together: bool
+) -> None:
+    both = threading.Barrier(2)
+    met = []
+
+    def decode(picture: Image.Image, spec: ImageSpec) -> np.ndarray:
+        try:
+            both.wait(10 if together else 0.2)
+            met.append(True)
+        except threading.BrokenBarrierError:
+            met.append(False)
+        return image_array(picture, spec)
+
+    monkeypatch.setattr(images, "image_array", decode)
+    monkeypatch.setattr(images, "LARGE_PIXELS", large)
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "PNG")
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(images.load_image, data.getvalue(), SPEC, Limits()) for _ in range(2)]:
+            future.result()
+    assert met == [together, together]

@@ -1,6 +1,7 @@
 """`prg embed`: folders to one file, continued where it was stopped, a bad file no failed job."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from prg import embed as module
 from prg.cli import main
+from prg.client import Client
 from service.settings import Settings
 from tests.serving import served
 from tests.tiny import png, tiny_fingerprint, write_tiny_entry
@@ -127,6 +129,32 @@ def test_weights_replaced_meanwhile_are_not_mixed(
     assert main(["embed", str(pictures), "--url", url, "--out", str(out)]) == 1
     assert "was replaced meanwhile" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_strange_names_and_dangling_links_are_rows(tmp_path: Path, url: str, suffix: str) -> None:
+    pictures, out = tmp_path / "pictures", tmp_path / f"vectors.{suffix}"
+    pictures.mkdir()
+    Path(os.fsdecode(bytes(pictures) + b"/\xff.png")).write_bytes(png())
+    (pictures / "gone.png").symlink_to("nowhere")
+    assert main(["embed", str(pictures), "--url", url, "--out", str(out)]) == 0
+    if suffix == "npy":
+        rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+        vectors = np.load(out)
+    else:
+        rows = pq.read_table(out).to_pylist()
+        vectors = np.stack([row["embedding"] for row in rows])
+    assert [Path(row["path"]).name for row in rows] == ["gone.png", "\\xff.png"]
+    assert "No such file" in rows[0]["error"]
+    assert np.isnan(vectors[0]).all()
+    assert vectors[1] == pytest.approx([1, 0, 0, 0.8])
+
+
+def test_the_client_sends_a_file_of_any_name(tmp_path: Path, url: str) -> None:
+    strange = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.png"))
+    strange.write_bytes(png())
+    with Client(url) as client:
+        assert client.embed([strange]).vectors[0] == pytest.approx([1, 0, 0, 0.8])
 
 
 def test_a_file_that_goes_away_is_a_row(tmp_path: Path, url: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from service.routes.embed import prefers_npy
 from service.schemas import ClassifyAnswer, EmbedAnswer
 from tests.service.conftest import Start
 from tests.tiny import LABELS, png, write_tiny_entry
@@ -377,3 +378,21 @@ def test_paths_and_methods_that_are_not_there(client: TestClient) -> None:
     problem(client.get("/nothing"), 404)
     problem(client.get("/embed"), 405)
     problem(client.get("/models/other"), 404)
+
+
+@pytest.mark.parametrize(
+    ("accept", "npy"),
+    [
+        *(("application/x-npy", True), ("Application/X-NPY", True), ("application/x-npy, */*;q=0.5", True)),
+        *(("application/json, application/x-npy", True), ("application/x-npy; v=1; q=0.5, text/html", True)),
+        *(("application/x-npy;q=0", False), ("application/json, application/x-npy;q=0.1", False)),
+        *(("*/*", False), ("application/*", False), ("application/x-npyz", False), ("", False)),
+    ],
+)
+def test_accept_is_weighed(accept: str, npy: bool) -> None:
+    assert prefers_npy(accept) == npy
+
+
+def test_a_slash_too_many_is_nothing_here(client: TestClient) -> None:
+    answer = client.post("/embed/", files=[("files", ("a.png", png()))], follow_redirects=False)
+    assert (answer.status_code, answer.json()["title"]) == (404, "Not found")

@@ -1,6 +1,7 @@
 """Image URLs: off by default, and no way into the service's own network."""
 
 import asyncio
+import base64
 import contextlib
 import ipaddress
 import threading
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
+from urllib.parse import quote, unquote
 
 import pytest
 from fastapi.testclient import TestClient
@@ -30,7 +32,8 @@ class Site(BaseHTTPRequestHandler):
         self.asked.append((self.headers["Host"], self.path))
         if self.path.startswith("/to/"):
             self.send_response(302)
-            self.send_header("Location", self.path.removeprefix("/to/").replace("|", "/"))
+            location = unquote(self.path.removeprefix("/to/").replace("|", "/"))
+            self.send_header("Location", location.encode().decode("latin-1"))
             self.end_headers()
             return
         if self.path == "/slow":
@@ -188,3 +191,39 @@ def test_urls_beside_other_images(start: Start, site: int) -> None:
     inputs = [{"url": f"http://127.0.0.1:{site}/{name}"} for name in ("a.png", "missing", "large")]
     items = client.post("/embed", json={"inputs": [*inputs, {"url": "http://10.0.0.1/"}]}).json()["data"]
     assert [item.get("error", {}).get("status") for item in items] == [None, 422, 422, 403]
+
+
+MALFORMED = (
+    *(
+        "http://8.8.8.8/a\u0001b",
+        "http://8.8.8.8/\ud800",
+        "http://8.8.8.8/?\x7f",
+        "http://8.8.8.8/" + "a" * 70_000,
+    ),
+    *("http://[bad", "http://" + "a" * 64 + ".example/", "http://a..example/"),
+)
+
+
+@pytest.mark.parametrize("url", MALFORMED, ids=range(len(MALFORMED)))
+def test_what_is_no_url_is_refused(url: str) -> None:
+    assert refused(url) == 403
+
+
+@pytest.mark.usefixtures("open_house")
+def test_redirects_to_what_is_no_url(site: int) -> None:
+    for place in ("http://[bad", "http://8.8.8.8:port/", "http://" + "ä" * 70 + ".example/"):
+        assert refused(f"http://127.0.0.1:{site}/to/{quote(place, safe=':').replace('/', '|')}") in (403, 422), place
+
+
+@pytest.mark.usefixtures("open_house")
+def test_a_name_in_other_letters_is_asked_for_in_ascii(site: int) -> None:
+    assert read(f"http://１２７.0.0.1:{site}/a.png") == IMAGE
+    assert Site.asked == [(f"127.0.0.1:{site}", "/a.png")]
+
+
+def test_a_malformed_url_is_an_error_of_its_own(start: Start) -> None:
+    client = start(allow_urls=True)
+    good = {"b64": base64.b64encode(IMAGE).decode()}
+    answer = client.post("/embed", json={"inputs": [good, {"url": "http://8.8.8.8/a\u0001b"}]})
+    assert answer.status_code == 200
+    assert [item.get("error", {}).get("status") for item in answer.json()["data"]] == [None, 403]

@@ -1,5 +1,6 @@
 """The OpenAPI page: valid, its examples true to their schemas, and what it says is what the service does."""
 
+import base64
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,8 +11,10 @@ from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
+from entry.config import read_entry
 from service.app import create_app
 from service.auth import new_key
+from service.documented import FACTS
 from service.settings import Settings
 from tests.tiny import png, write_tiny_entry
 
@@ -25,7 +28,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     with ExitStack() as stack:
 
         def start(**settings: Any) -> TestClient:
-            entry = write_tiny_entry(tmp_path / "models", "prg-cifar10")
+            entry = write_tiny_entry(tmp_path / "models", "prg-cifar10", head=settings.pop("head", True))
             if settings.pop("broken", False):
                 (entry / "1" / "model.pt").write_bytes(b"damaged")
             settings = {"model_repository": tmp_path / "models"} | settings
@@ -195,3 +198,81 @@ def test_real_errors_are_as_documented(
     name = (lambda body: body["error"]["code"]) if openai else (lambda body: body["title"])
     assert name(answer.json()) in {name(value) for value in examples(media)}
     assert ("retry-after" in answer.headers) == ("headers" in documented)
+
+
+FORM = {"files": [("files", ("a.png", png()))]}
+WRONG: dict[str, dict[str, Any]] = {
+    "No image": {"json": {"inputs": []}},
+    "Too many images": {"files": FORM["files"] * 65},
+    "Malformed body": {"json": []},
+    "Wrong option": FORM | {"params": {"t_end": 2}},
+    "Unknown option": FORM | {"params": {"topk": 1}},
+    "Contradicting options": FORM | {"params": {"t_end": 0.8}, "data": {"t_end": "0.5"}},
+    "Unknown model": FORM | {"params": {"model": "other"}},
+    "Unknown model version": FORM | {"params": {"model_version": "7"}},
+    "Wrong header": FORM | {"headers": {"Priority": "high"}},
+    "Unknown field": {"files": [("image", ("a.png", png()))]},
+    "No usable image": {"files": [("files", ("a.png", b"no"))]},
+    "No classes": FORM,
+}
+"""What is wrong with a request -> one that is so."""
+OPENAI_WRONG: dict[str, dict[str, Any]] = {
+    "Body too large": {},
+    "Malformed body": {"model": None},
+    "Wrong option": {"dimensions": 3},
+    "Unknown model": {"model": "other"},
+    "Wrong header": {},
+    "Too many images": {"input": [base64.b64encode(png()).decode()] * 2},
+    "No usable image": {"input": "iVBORw0KGgo="},
+}
+
+
+def titles(responses: dict[str, Any], *statuses: str) -> set[str]:
+    """What a route's page lists under these statuses."""
+    found: set[str] = set()
+    for status in statuses:
+        [media] = responses[status]["content"].values()
+        found |= {one["summary"] for one in media["examples"].values()}
+    return found
+
+
+@pytest.mark.parametrize("path", ["/embed", "/classify"])
+def test_every_mistake_on_the_page_is_answered_so(run: Run, spec: dict[str, Any], path: str) -> None:
+    listed = titles(spec["paths"][path]["post"]["responses"], "422")
+    assert listed == WRONG.keys() - ({"No classes"} if path == "/embed" else set())
+    client = run()
+    for title in sorted(listed - {"No classes"}):
+        answer = client.post(path, **WRONG[title])
+        assert (answer.status_code, answer.json()["title"]) == (422, title)
+    if "No classes" in listed:
+        assert run(head=False).post(path, **WRONG["No classes"]).json()["title"] == "No classes"
+
+
+def test_every_mistake_of_the_openai_route_is_answered_so(
+    run: Run, spec: dict[str, Any], tmp_path: Path
+) -> None:
+    path = "/v1/embeddings"
+    assert titles(spec["paths"][path]["post"]["responses"], "400", "404") == OPENAI_WRONG.keys()
+    file, key = keys_file(tmp_path)
+    for title, wrong in OPENAI_WRONG.items():
+        client = run(**{"max_body_bytes": 10} if title == "Body too large" else {"api_keys_file": file})
+        body = {"model": "prg-cifar10", "input": base64.b64encode(png()).decode()} | wrong
+        headers = key | ({"Priority": "high"} if title == "Wrong header" else {})
+        answer = client.post(path, json=body, headers=headers)
+        shown = spec["paths"][path]["post"]["responses"][str(answer.status_code)]
+        codes = {
+            e["summary"]: e["value"]["error"]["code"]
+            for e in shown["content"]["application/json"]["examples"].values()
+        }
+        assert answer.json()["error"]["code"] == codes[title]
+
+
+def test_the_example_of_a_model_tells_the_shipped_one(spec: dict[str, Any]) -> None:
+    shipped = read_entry(Path(__file__).parents[2] / "model_repository" / "prg-cifar10")
+    shown = examples(
+        spec["paths"]["/models/{name}"]["get"]["responses"]["200"]["content"]["application/json"]
+    )[0]
+    measured = shipped.prg.versions[shipped.default_version].accuracy[0]
+    for key in ("data", "images", "top1", "top5"):
+        assert shown["accuracy"][0][key] == getattr(measured, key)
+    assert FACTS["fingerprint"] == shipped.fingerprint(shipped.default_version)
