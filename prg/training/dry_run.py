@@ -22,16 +22,15 @@ PROBE_CLASSES = 10
 
 def describe(recipe: Recipe, stage: str) -> str:
     """The whole recipe as JSON, then parameters, FLOPs an image, and the time that `stage` takes here."""
-    net = UNet(recipe.unet)
-    encoder = Encoder(net, recipe.encoder)
-    once, whole = flops(recipe, encoder)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in UNet(recipe.unet).parameters())
+    once, whole = flops(recipe)
     device = choose_device()
     name = recipe.network if isinstance(recipe.network, str) else "of this shape"
     lines = [
         json.dumps(recipe_table(recipe), indent=2),
         "",
-        f"network {name}: {sum(p.numel() for p in net.parameters()):,} parameters, "
-        f"{once / 1e9:.3f} GFLOP an evaluation",
+        f"network {name}: {parameters:,} parameters, {once / 1e9:.3f} GFLOP an evaluation",
         f"extraction: {recipe.encoder.nfe} evaluations, {whole / 1e9:.3f} GFLOP an image",
         f"device: {device_name(device)}",
     ]
@@ -48,10 +47,11 @@ def describe(recipe: Recipe, stage: str) -> str:
     return "\n".join(lines)
 
 
-def flops(recipe: Recipe, encoder: Encoder) -> tuple[int, int]:
-    """FLOPs of one network evaluation, and of the extraction of one image."""
-    x = torch.zeros(1, 3, recipe.image.size, recipe.image.size)
-    with torch.no_grad():
+def flops(recipe: Recipe) -> tuple[int, int]:
+    """FLOPs of one network evaluation, and of the extraction of one image; counted on shapes alone."""
+    with torch.device("meta"), torch.no_grad():
+        encoder = Encoder(UNet(recipe.unet), recipe.encoder)
+        x = torch.zeros(1, 3, recipe.image.size, recipe.image.size)
         return count_flops(encoder.field, x, torch.ones(1)), count_flops(encoder, x, torch.zeros(1))
 
 

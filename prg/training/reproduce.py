@@ -13,7 +13,7 @@ from prg.checkpoint import read_facts
 from prg.recipe import Optimisation, Recipe, recipe_table
 from prg.training import processes
 from prg.training.data import DataError, splits
-from prg.training.dry_run import count_flops, images_per_second, parts, random_images, training_count
+from prg.training.dry_run import count_flops, flops, images_per_second, parts, random_images, training_count
 from prg.training.evaluate import BATCH, evaluate, record
 from prg.training.figures import can_plot
 from prg.training.finetune import finetune, finetuning_job
@@ -21,7 +21,6 @@ from prg.training.loop import Job, device_name, refuse_other_settings, step_gene
 from prg.training.pretrain import pretrain, pretraining_job
 from prg.training.publish import publish
 from prg.training.run import Run, choose_device, choose_split
-from prg.unet import UNet
 
 GPU_FLOPS = 50e12
 """Sustained FLOP/s assumed of a data-centre GPU: a third of the 156 TFLOP/s that NVIDIA names for an A100 in TF32,
@@ -140,7 +139,7 @@ def costs(run: Run) -> list[Stage]:
     found = splits(recipe.data.source)
     split = choose_split(found, recipe.data.test, recipe.data.source)
     test = found[split].count if split else found[recipe.data.train].count - count
-    extraction = evaluation_flops(recipe) * recipe.encoder.nfe
+    _, extraction = flops(recipe)
     stages = [
         _training("pretrain", recipe.pretrain, count, stage_flops(recipe, "pretrain"), run.pretrained),
         _training("finetune", recipe.finetune, count, stage_flops(recipe, "finetune"), run.finetuned),
@@ -180,10 +179,3 @@ def _counted(recipe: Recipe, stage: str) -> float:
     batch = prepare(*random_images(recipe, 2, cpu), step_generator(0, 0, cpu))
     shapes = tuple(part.to("meta") for part in batch)
     return count_flops(lambda: loss(model, shapes).backward()) / 2
-
-
-def evaluation_flops(recipe: Recipe) -> float:
-    """FLOPs of one evaluation of the network on one image."""
-    size = recipe.image.size
-    with torch.device("meta"), torch.no_grad():
-        return count_flops(UNet(recipe.unet), torch.zeros(1, 3, size, size), torch.ones(1))

@@ -212,7 +212,10 @@ def test_what_is_no_url_is_refused(url: str) -> None:
 @pytest.mark.usefixtures("open_house")
 def test_redirects_to_what_is_no_url(site: int) -> None:
     for place in ("http://[bad", "http://8.8.8.8:port/", "http://" + "ä" * 70 + ".example/"):
-        assert refused(f"http://127.0.0.1:{site}/to/{quote(place, safe=':').replace('/', '|')}") in (403, 422), place
+        assert refused(f"http://127.0.0.1:{site}/to/{quote(place, safe=':').replace('/', '|')}") in (
+            403,
+            422,
+        ), place
 
 
 @pytest.mark.usefixtures("open_house")
