@@ -1,7 +1,7 @@
 """Nearest neighbours of the same class, by feature and with the mean subtracted or not. Prints one JSON line last.
 
 The images are those that training held back, so neither pretraining nor fine-tuning saw them, nor are they a
-test split.
+test split; or, with --validation 1, a whole split, which should be one that training never saw.
 """
 
 import argparse
@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="labelled images the entry was trained on")
     parser.add_argument("--split", default="train")
     parser.add_argument(
-        "--validation", type=float, default=0.1, help="share held back (the recipe's data.validation)"
+        "--validation",
+        type=float,
+        default=0.1,
+        help="share held back (the recipe's data.validation); 1: a split that training never saw",
     )
     parser.add_argument("--seed", type=int, default=0, help="the recipe's seed")
     parser.add_argument("--t-end", type=float, help="by default the entry's")
@@ -36,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     t_end = runner.entry.prg.t_end if arguments.t_end is None else arguments.t_end
     with tempfile.TemporaryDirectory() as cache:
         images = load_split(splits(arguments.data)[arguments.split], runner.entry.prg.image, Path(cache))
-        _, held_back = hold_out(images, arguments.validation, arguments.seed)
+        held_back = images
+        if arguments.validation < 1:
+            _, held_back = hold_out(images, arguments.validation, arguments.seed)
     if held_back.labels is None:
         parser.error("the images have no labels")
     vectors = features(runner, held_back.pixels, t_end)
