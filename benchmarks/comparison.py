@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.arms import ARMS, flops
 from entry.config import write_atomically
-from prg.recipe import Recipe, load_recipe, recipe_table
+from prg.recipe import Recipe, load_recipe, recipe_table, with_defaults
 from prg.studies.probes import linear_probe, top1
 from prg.studies.report import Report, conditions, draw_axes, table, write
 from prg.studies.subject import Subject
@@ -34,6 +34,7 @@ from prg.training.data import Images
 from prg.training.finetune import finetuning_batch
 from prg.training.loop import Batch, Job, train
 from prg.training.memory import keep_freed_memory
+from prg.training.processes import Interrupted
 from prg.training.run import Run, choose_device
 
 SHARES = (0.01, 0.1, 1.0)
@@ -95,7 +96,9 @@ class Comparison:
         }
         fresh: dict[str, Any] = {"settings": json.loads(json.dumps(told)), "rates": {}, "runs": {}}
         self.kept = json.loads(self.path.read_text()) if self.path.exists() else fresh
-        if self.kept["settings"] != fresh["settings"]:
+        settings = self.kept["settings"]
+        settings["recipe"] = with_defaults(settings["recipe"])  # keys that recipes got since
+        if settings != fresh["settings"]:
             raise SystemExit(f"{self.path}: of other settings; use those, or another folder")
 
     @property
@@ -277,8 +280,12 @@ def main(argv: list[str] | None = None) -> int:
     comparison = Comparison(
         arguments.folder, load_recipe(arguments.recipe, overrides), arguments.entry, arguments.images
     )
-    comparison.frozen()
-    comparison.trained()
+    try:
+        comparison.frozen()
+        comparison.trained()
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 130
     report = comparison.report()
     print(table(report))
     command = f"PYTHONPATH=. python benchmarks/comparison.py FOLDER --data {Path(arguments.data).name}/"
