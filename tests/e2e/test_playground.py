@@ -32,7 +32,7 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-DESK, PHONE = (1120, 900), (360, 740)
+DESK, PHONE, SMALL = (1120, 900), (360, 740), (320, 640)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 Open = Callable[..., Page]
 PATIENCE_S = 120
@@ -307,7 +307,7 @@ def test_the_keyboard_alone_is_enough(visit: Open, address: str) -> None:
     ready(page)
 
 
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize("size", [DESK, PHONE, SMALL], ids=["desk", "phone", "small"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_cut_off(
     visit: Open, address: str, size: tuple[int, int], scheme: str, tmp_path: Path
@@ -322,6 +322,8 @@ def test_nothing_is_cut_off(
         summary.click()
     ready(page)
     assert page.evaluate("document.documentElement.scrollWidth") == size[0]
+    over = "Math.max(...[...document.querySelectorAll('#similarity li *')].map(e => e.scrollWidth - e.clientWidth))"
+    assert page.evaluate(over) <= 0
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = np.mean([int(n) for n in re.findall(r"\d+", ground)]) > 128
     assert light == (scheme == "light")
