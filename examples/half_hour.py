@@ -35,9 +35,10 @@ from prg.recipe import RecipeError, load_recipe
 from prg.training.data import DataError, Images
 from prg.training.evaluate import evaluate, record
 from prg.training.finetune import finetune, finetuning_job
-from prg.training.loop import Interrupted, Job, Trainer, device_name
+from prg.training.loop import Job, Trainer, device_name
 from prg.training.precision import choose_precision
 from prg.training.pretrain import pretrain, pretraining_job
+from prg.training.processes import Interrupted
 from prg.training.publish import publish
 from prg.training.reproduce import finished, is_exported
 from prg.training.run import Run, choose_device

@@ -33,6 +33,7 @@ a whole run, on your own images (one sub-folder a class):
   prg export   runs/mine model_repository/mine
   prg-serve
 """
+MODELS = {"pretrain": "pretrained model", "finetune": "fine-tuned model"}
 FREEZE = ["finetune.freeze=true", "finetune.head=linear", "finetune.head_input=hidden"]
 
 
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Classify a test split with the exported module itself, on the preprocessing that is served; "
         "or, with --study, answer one of these:\n"
         + "\n".join(
-            f"  {name:11} {s.question} (of a run: its {s.stage.replace('tune', '-tun')}ed model; {s.limit} images)"
+            f"  {name:11} {s.question} (of a run: its {MODELS[s.stage]}; {s.limit} images)"
             for name, s in STUDIES.items()
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

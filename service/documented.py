@@ -88,15 +88,16 @@ ERRORS: dict[int, tuple[str, tuple[tuple[str, str], ...]]] = {
 """Status -> when, and (title, detail) of each example."""
 OF_CLASSIFY = ("No classes",)
 """Titles that only /classify answers."""
+_DETAILS = dict(ERRORS[413][1] + ERRORS[422][1])
 OPENAI_400 = (
-    ("Body too large", "a request may have 67,108,864 bytes; send fewer images in each"),
+    *((title, _DETAILS[title]) for title in ("Body too large", "Wrong header")),
     ("Malformed body", "model: Field required"),
     ("Wrong option", "dimensions is 3, hidden of this model has 256"),
-    ("Wrong header", "Priority is 'high', must be interactive or bulk"),
     ("Too many images", "images x levels = 600, at most 512 fit in this server's queue; send fewer"),
     ("No usable image", f"input[0]: {BROKEN['detail']}"),
 )  # fmt: skip
-OPENAI_404 = (("Unknown model", "no model 'other' here; there are: prg-cifar10"),)
+OPENAI_404 = (("Unknown model", _DETAILS["Unknown model"]),)
+"""What the OpenAI route answers: some of the errors above, and what is wrong in its own fields."""
 
 
 def problems(*statuses: int, without: tuple[str, ...] = ()) -> dict[int | str, dict[str, Any]]:

@@ -54,7 +54,10 @@ class Fetcher:
             raise _unreadable(type(error).__name__) from None
         except ImageError:
             raise
-        except (httpx.InvalidURL, ValueError):  # of a redirect, or what only httpx or a codec finds
+        except (
+            httpx.InvalidURL,
+            ValueError,
+        ):  # of urlsplit and urljoin, of httpx, of a codec: all say that it is no URL
             raise ImageError(403, REFUSED, "the URL is malformed") from None
         raise _unreadable(f"over {MAX_REDIRECTS} redirects")
 
@@ -84,12 +87,9 @@ class Fetcher:
 
 
 async def _judge(url: str) -> tuple[str, int | None, str]:
-    """(host, port if given, the URL with an address in the host's place). Raises ImageError 403."""
-    try:
-        parts = urlsplit(url)
-        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
-    except ValueError:  # brackets, port, or a host that no name can be
-        raise ImageError(403, REFUSED, "the URL is malformed") from None
+    """(host, port if given, the URL with an address in the host's place). Raises ImageError, ValueError for no URL."""
+    parts = urlsplit(url)
+    host, port = (parts.hostname or "").encode("idna").decode(), parts.port
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
         raise ImageError(403, REFUSED, "only http:// and https:// URLs without a user are read")
     try:

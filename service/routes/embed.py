@@ -18,6 +18,7 @@ from service.schemas import EmbedAnswer, EmbedOptions
 router = APIRouter()
 NPY = "application/x-npy"
 MEDIA_RANGE = re.compile(r"([^\s,;]+/[^\s,;]+)(?:\s*;\s*(?:q=(1(?:\.0*)?|0(?:\.\d*)?)|[^,;]*))*")
+"""One of an Accept header: its kind, and its q if it has one."""
 NPY_HEADERS = {"X-Model": "model", "X-Model-Version": "model_version", "X-Fingerprint": "fingerprint"}
 """Headers of a .npy answer -> the fact that each tells."""
 
