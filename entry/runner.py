@@ -37,7 +37,8 @@ class Runner:
         try:
             self.module = torch.jit.load(str(path), map_location=self.device).eval()
         except (RuntimeError, ValueError, OSError) as error:
-            raise EntryError(f"{path}: TorchScript can't load it ({str(error).splitlines()[0]})") from None
+            reason = str(error).strip().partition("\n")[0]
+            raise EntryError(f"{path}: PyTorch {torch.__version__} can't load it ({reason})") from None
         self._check(path)
 
     def run(self, images: np.ndarray, t_end: np.ndarray) -> Outputs:

@@ -30,7 +30,7 @@ import torch
 from entry.config import EntryError, read_entry, sha256, write_atomically
 from entry.runner import Runner
 from prg.checkpoint import CheckpointError, read_facts
-from prg.export import ExportError, relative_difference
+from prg.export import ExportError, least_cosine, relative_difference
 from prg.recipe import RecipeError, load_recipe
 from prg.training.data import DataError, Images
 from prg.training.evaluate import evaluate, record
@@ -57,7 +57,7 @@ RESTART_S = 45.0
 """Kept for each further call: its start, imports, images, packing."""
 MARGIN = 0.95
 """Share of the time that is planned: a GPU is not equally fast all the time."""
-WARM_UP_STEPS, PROBE_S = 10, 8.0
+WARM_UP_STEPS, PROBE_S = 10, 4.0
 COMPARED = 256
 """Images on which the devices are compared."""
 PART_BYTES = 15 << 20
@@ -297,12 +297,6 @@ def compare_devices(entry: Path, images: Images) -> dict[str, Any]:
         "within_tolerance": max(relative.values()) <= tolerance.relative
         and min(cosine.values()) >= tolerance.cosine,
     }
-
-
-def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """The least cosine of two rows of the same number."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
 
 
 def report(run: Run, plan: Plan, *, finished: bool) -> dict[str, Any]:

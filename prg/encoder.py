@@ -58,7 +58,8 @@ class Encoder(nn.Module):
         self.blocks = net.block_numbers(config.layers)
         with torch.no_grad():
             side = net.config.image_size
-            probe = net.activations(torch.zeros(1, 3, side, side), torch.zeros(1), self.blocks)
+            zero = torch.zeros(1, device=next(net.parameters()).device)
+            probe = net.activations(zero.expand(1, 3, side, side), zero, self.blocks)
         self.hidden_dim = probe.shape[1]
 
     @property

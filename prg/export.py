@@ -172,6 +172,12 @@ def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.abs(a - b).max(axis=1) / np.maximum(scale, 1e-12)).max())
 
 
+def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """The least cosine of two rows of the same number."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
+
+
 def check_no_device(module: torch.jit.ScriptModule) -> None:
     """Raise ExportError if the graph has a device constant: such a module fails on any other device."""
     graph = module.inlined_graph  # held: its nodes die with it

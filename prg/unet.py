@@ -99,6 +99,22 @@ def zero(conv: nn.Module) -> nn.Module:
     return conv
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm that reads and writes the precision of its input, also under autocast.
+
+    On CUDA autocast would make it, and all until the next convolution, work in fp32: twice the memory traffic,
+    which is what this network waits for. Mean and variance are taken in fp32 all the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102 (only so it is not scripted)
+            if x.is_cuda:
+                with torch.autocast("cuda", enabled=False):
+                    weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+                    return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class ResBlock(nn.Module):
     """Residual block conditioned on the time embedding: [B, c_in, H, W] -> [B, c_out, H, W]."""
 
@@ -107,12 +123,12 @@ class ResBlock(nn.Module):
         groups, eps = config.groups, config.eps
         self.scale_shift = config.scale_shift
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_in, eps), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+            GroupNorm(groups, c_in, eps), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, (1 + config.scale_shift) * c_out))
         # The third place is the official network's dropout, kept as a name only: its rate was 0.
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_out, eps),
+            GroupNorm(groups, c_out, eps),
             nn.SiLU(),
             nn.Identity(),
             zero(nn.Conv2d(c_out, c_out, 3, padding=1)),
@@ -136,7 +152,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else config.heads
-        self.norm = nn.GroupNorm(config.groups, channels, config.eps)
+        self.norm = GroupNorm(config.groups, channels, config.eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
@@ -178,7 +194,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # F.interpolate, scripted, names every mode's operator, and so one that older PyTorch does not have.
+        return self.conv(torch.ops.aten.upsample_nearest2d(x, None, [2.0, 2.0]))
 
 
 class Block(nn.Sequential):
@@ -250,7 +267,7 @@ class UNet(nn.Module):
                 outputs.append(Block(*layers))
         self.output_blocks = nn.ModuleList(outputs)
         self.out = nn.Sequential(
-            nn.GroupNorm(config.groups, width, config.eps),
+            GroupNorm(config.groups, width, config.eps),
             nn.SiLU(),
             zero(nn.Conv2d(width, 3 * config.patch**2, 3, padding=1)),
         )

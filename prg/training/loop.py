@@ -227,12 +227,7 @@ class Trainer:
         loss = self.loss(self.step, self.precision)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
-        value, self.stopping = processes.average(self.model, loss.item(), self.stop.is_set())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{self.job.kind}: the loss is {value} at step {self.step}; the checkpoint before it is kept. "
-                f"Lower {self.job.kind}.lr (now {config.lr}), or set {self.job.kind}.clip"
-            )
+        loss, self.stopping = processes.average(self.model, loss.detach(), self.stop.is_set())
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         for optimiser in self.optimisers:
@@ -241,16 +236,25 @@ class Trainer:
         decay = min(config.ema, self.step / (self.step + 10)) if config.ema else 0.0
         own = self.model.state_dict()
         torch._foreach_lerp_(list(self.average.values()), [own[k] for k in self.average], 1 - decay)
+        value = loss.item()  # last, for it waits: meanwhile the step is already queued on a GPU
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{self.job.kind}: the loss is {value} at step {self.step - 1}; the checkpoint before it is kept. "
+                f"Lower {self.job.kind}.lr (now {config.lr}), or set {self.job.kind}.clip"
+            )
         return value
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode with the averaged weights, for as long as the context lasts."""
+        """The model in evaluation mode with the averaged weights, for as long as the context lasts.
+
+        Uncompiled: without gradients and by other batches, a compiled network would be compiled anew.
+        """
         own = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.model.load_state_dict(self.average)
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield self.model
         finally:
             self.model.load_state_dict(own)

@@ -136,19 +136,20 @@ def share(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t[start : start + size] for t in batch)
 
 
-def average(model: nn.Module, loss: float, stop: bool) -> tuple[float, bool]:
+def average(model: nn.Module, loss: Tensor, stop: bool) -> tuple[Tensor, bool]:
     """Average the gradient in place; returns the average loss, and whether any process wishes to stop."""
     if count() == 1:
         return loss, stop
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss, float(stop)])])
+    ends = torch.stack([loss, loss.new_tensor(float(stop))]).to(gradients[0].dtype)
+    flat = torch.cat([*(g.flatten() for g in gradients), ends])
     with _others_needed():
         distributed.all_reduce(flat)
     flat /= count()
     parts = flat[:-2].split([g.numel() for g in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
-    return float(flat[-2]), bool(flat[-1] > 0)
+    return flat[-2], bool(flat[-1] > 0)
 
 
 def _meet_first() -> Store:

@@ -1,9 +1,13 @@
 """An entry run in this process."""
 
+import io
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from entry.config import EntryError, read_entry, sha256, write_entry
 from entry.runner import Runner
@@ -49,9 +53,31 @@ def test_wrong_arrays_are_refused(tmp_path: Path, images: np.ndarray, levels: np
         Runner(write_tiny_entry(tmp_path)).run(images, levels)
 
 
+def of_a_newer_torch() -> bytes:
+    """A module with an operator that this PyTorch does not have."""
+    changed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(tiny_module(False, 0))) as source,
+        zipfile.ZipFile(changed, "w") as target,
+    ):
+        for item in source.infolist():
+            content = source.read(item)
+            if item.filename.endswith(".py"):
+                content = content.replace(b"torch.mean(", b"torch.mean_of_tomorrow(")
+            target.writestr(item, content)
+    return changed.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"not TorchScript", "can't load it"), (tiny_module(False, 0), "answers with shapes")],
+    [
+        (b"not TorchScript", "can't load it"),
+        (
+            of_a_newer_torch(),
+            re.escape(f"PyTorch {torch.__version__} can't load it (Unknown builtin op: aten::mean_of"),
+        ),
+        (tiny_module(False, 0), "answers with shapes"),
+    ],
 )
 def test_a_module_that_is_not_what_the_entry_says_is_refused(
     tmp_path: Path, content: bytes, message: str

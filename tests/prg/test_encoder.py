@@ -1,5 +1,8 @@
 """What STATE and HIDDEN are, image by image."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from networks import random_net
@@ -7,7 +10,10 @@ from networks import random_net
 from prg.classifier import Classifier, HeadConfig
 from prg.encoder import Encoder, EncoderConfig, pooled_state
 from prg.paths import PATHS
+from prg.unet import PRESETS, UNet, UNetConfig
 
+OPERATORS = Path(__file__).parent.parent / "golden" / "operators-torch-2.11.txt"
+"""What modules that PyTorch 2.11 was seen to load and run are made of."""
 LEVELS = torch.tensor([1.0, 0.8, 0.35, 0.0])
 
 
@@ -30,6 +36,18 @@ def test_a_mixed_batch_equals_the_images_alone(solver: str, path: str) -> None:
         alone = [model(images()[i : i + 1], LEVELS[i : i + 1]) for i in range(4)]
     for k, output in enumerate(together):
         assert relative(output, torch.cat([a[k] for a in alone])) < 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("official", [True, False])
+def test_scripted_it_needs_no_operator_that_older_pytorch_lacks(path: str, official: bool) -> None:
+    """A server's PyTorch may be older than the one that exported."""
+    shape = UNetConfig(16, 8, (1, 2), 1, groups=4) if official else replace(PRESETS["tiny16"], pad_after=True)
+    encoder = Encoder(UNet(shape), EncoderConfig(path, "rk4", steps=2))
+    model = Classifier(encoder, HeadConfig(5, "both"))
+    needed = torch.jit.export_opnames(torch.jit.script(model.eval()))  # type: ignore[attr-defined]
+    assert "aten::conv2d" in needed
+    assert set(needed) <= set(OPERATORS.read_text().split())
 
 
 def test_state_at_1_is_the_image_and_moves_with_the_level() -> None:

@@ -188,7 +188,8 @@ def test_a_compiled_network_trains_as_the_plain_one(
         made.append(len(graphs))
         assert main(["finetune", str(run)]) == 0
         made.append(len(graphs))
-    assert 0 == made[0] == made[1] < made[2] < made[3]
+    # the velocity; then the velocity and the activations: nothing is compiled anew for validation and figures
+    assert made == [0, 0, 1, 3]
     for kind in ("pretrain", "finetune"):
         a, b = (load_checkpoint(run / kind / "checkpoint.safetensors", kind) for run in (plain, quick))
         assert a.tensors.keys() == b.tensors.keys()
