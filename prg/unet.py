@@ -107,12 +107,16 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102 (only so it is not scripted)
-            if x.is_cuda:
-                with torch.autocast("cuda", enabled=False):
-                    weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-                    return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._without_autocast(x)
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+    def _without_autocast(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class ResBlock(nn.Module):
