@@ -124,7 +124,7 @@ def plan(run: Run) -> str:
         )
     lines += [
         "hours here: the stage's FLOPs by the speed above. Export takes minutes at most.",
-        "GPU-hours: an estimate, nothing was measured on a GPU: the stage's FLOPs by "
+        "GPU-hours: an estimate: the stage's FLOPs by "
         f"{GPU_FLOPS / 1e12:.0f} TFLOP/s, a third of what an A100 is sold with for TF32.",
     ]
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def test_the_dry_run_tells_all_stages_and_begins_none(
     assert rows["finetune"][:2] == ["36", "0"]
     assert rows["evaluate"][0] == "1"
     assert all(float(x) > 0 for name in ("pretrain", "finetune", "evaluate") for x in rows[name][2:])
-    assert "an estimate, nothing was measured on a GPU" in printed
+    assert "an estimate: the stage's FLOPs by 50 TFLOP/s" in printed
     assert not (tmp_path / "run").exists()
 
 
