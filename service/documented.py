@@ -18,12 +18,12 @@ IMAGE = (  # a ship, in 8 x 8 pixels
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAIAgMAAAC5YVYYAAAADFBMVEXm5uF4qtw8MjwUPG5JBjioAAAAHElEQVR42mMMZWBiYGBi2MDEwMAkuoTx"
     "P4TLAAAiuQLM6GamBAAAAABJRU5ErkJggg=="
 )
-FACTS = {"model": "prg-cifar10", "model_version": "1", "fingerprint": "db81f47c7670"}
-SHIP = {"label": "ship", "class_id": 8, "probability": 0.908, "logit": 4.062}
-FROG = {"label": "frog", "class_id": 6, "probability": 0.011, "logit": -0.381}
+FACTS = {"model": "prg-cifar10", "model_version": "1", "fingerprint": "f9271d0f313c"}
+SHIP = {"label": "ship", "class_id": 8, "probability": 0.917, "logit": 4.375}
+PLANE = {"label": "airplane", "class_id": 0, "probability": 0.017, "logit": 0.409}
 BROKEN = problem(422, "Not an image", "the bytes are no image, or are broken at the start; accepted: JPEG, PNG, WEBP, "
                  "GIF, BMP, TIFF")  # fmt: skip
-NUMBERS = [-10.689, -3.497, -12.253, 3.845]
+NUMBERS = [5.128, -3.499, -86.516, 9.579]
 INPUTS = {"type": "array", "minItems": 1, "items": {"anyOf": [
     {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}, "additionalProperties": False}
     for kind in ("b64", "data_uri", "url")
@@ -177,7 +177,7 @@ EMBED_ANSWERS[200]["content"]["application/x-npy"] = {
     "schema": {"type": "string", "format": "binary", "description": "float32 .npy, [N, D] or [N, levels, D]"}
 }
 CLASSIFY_ANSWERS = answers({
-    "One image": FACTS | {"t_end": 0.8, "data": [{"index": 0, "predictions": [SHIP, FROG]}],
+    "One image": FACTS | {"t_end": 0.8, "data": [{"index": 0, "predictions": [SHIP, PLANE]}],
                           "usage": {"images": 1, "failed": 0}},
     "One of two images is broken": FACTS | {
         "t_end": 0.8, "data": [{"index": 0, "predictions": [SHIP]}, {"index": 1, "error": BROKEN}],

@@ -10,7 +10,7 @@ from torch import Tensor
 from entry.config import check_weights, read_entry, sha256
 from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
 from prg.recipe import Recipe, recipe_table
-from prg.unet import UNet
+from prg.unet import PRESETS, UNet, UNetConfig
 
 PRETRAINED_FOR = ("network", "image")
 """Sections in which a fine-tuning must agree with the training it begins from."""
@@ -70,6 +70,18 @@ def _from_entry(net: UNet, recipe: Recipe, directory: Path) -> dict[str, Any]:
     weights: dict[str, Tensor] = {
         k.removeprefix(prefix): v.float() for k, v in module.state_dict().items() if k.startswith(prefix)
     }
-    load_strictly(net, weights, path)
+    try:
+        load_strictly(net, weights, path)
+    except CheckpointError as error:
+        shapes = {k: v.shape for k, v in weights.items()}
+        fitting = [name for name, config in PRESETS.items() if shapes_of(config) == shapes]
+        hint = f" (it is {fitting[0]}: --set network={fitting[0]})" if fitting else ""
+        raise CheckpointError(f"{error}{hint}") from None
     origin = {"kind": "entry", "entry": entry.name, "version": version, "sha256": sha256(path)}
     return {"init": origin | {"training": entry.prg.versions[version].training}}
+
+
+def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
+    """Names and shapes of such a network's weights; nothing is computed."""
+    with torch.device("meta"):
+        return {k: v.shape for k, v in UNet(config).state_dict().items()}
