@@ -1,4 +1,4 @@
-"""Nearest neighbours of the same class, by feature and with the mean subtracted or not. Prints one JSON line last.
+"""Nearest neighbours of the same class, by feature, as it is, centred and standardised. Prints one JSON line last.
 
 The images are those that training held back, so neither pretraining nor fine-tuning saw them, nor are they a
 test split; or, with --validation 1, a whole split, which should be one that training never saw.
@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ from entry.runner import Runner
 from prg.training.data import hold_out, load_split, splits
 
 BATCH = 64
+WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "as it is": lambda v: v,
+    "centred": lambda v: v - v.mean(0),
+    "standardised": lambda v: (v - v.mean(0)) / np.maximum(v.std(0), 1e-12),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,17 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the images have no labels")
     vectors = features(runner, held_back.pixels, t_end)
     result = {
-        f"{name}{' centred' if centred else ''}": round(
-            precision(v, held_back.labels, arguments.k, centred), 4
-        )
+        f"{name} {way}": round(precision(move(v), held_back.labels, arguments.k), 4)
         for name, v in vectors.items()
-        for centred in (False, True)
+        for way, move in WAYS.items()
     }
     print(
         f"share of the {arguments.k} nearest (cosine) of {len(held_back)} images that are of the same class"
     )
     for name, value in result.items():
-        print(f"  {name:16} {value:.1%}")
+        print(f"  {name:20} {value:.1%}")
     facts = {"images": len(held_back), "t_end": t_end, "k": arguments.k, "precision": result}
     print(
         json.dumps(
@@ -80,10 +84,8 @@ def features(runner: Runner, pixels: np.ndarray, t_end: float) -> dict[str, np.n
     }
 
 
-def precision(vectors: np.ndarray, labels: np.ndarray, k: int, centred: bool) -> float:
+def precision(vectors: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Share of each vector's k nearest others, by cosine, that have its label."""
-    if centred:
-        vectors = vectors - vectors.mean(0)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     similar = unit @ unit.T
     np.fill_diagonal(similar, -np.inf)

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import httpx
@@ -33,8 +33,23 @@ class About:
     paths: list[str]
     mean: list[float]
     """What is subtracted from every vector, of the query too."""
+    scale: list[float]
+    """What every number is then multiplied by: one over its standard deviation."""
     made_by: dict[str, object]
-    """Weights, feature and level, where the vectors say so (a .parquet does)."""
+    """Weights, feature and level, where the vectors say so."""
+
+    @classmethod
+    def read(cls, index: Path) -> "About":
+        """Of this index. Raises ValueError where another version of this program wrote it."""
+        facts = json.loads(index.with_suffix(".json").read_text("utf-8"))
+        if facts.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"{index}: made by another version of this program; index the vectors again")
+        return cls(**facts)
+
+    def standardised(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 [N, D] -> float32 [N, D] as they are in the index."""
+        moved: np.ndarray = (vectors - np.array(self.mean)) * np.array(self.scale)
+        return moved.astype(np.float32)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "vectors", type=Path, help="what `prg embed` wrote: a .parquet, or a .npy with its .jsonl"
     )
     sub.add_argument("index", type=Path, help="the index to write; a .json of the same name goes with it")
-    sub.add_argument("--no-centre", action="store_true", help="leave the mean vector in")
+    sub.add_argument("--as-is", action="store_true", help="leave the vectors as they are: not standardised")
     sub.set_defaults(command=make)
     sub = commands.add_parser("query", help="find the pictures nearest to some pictures")
     sub.add_argument("index", type=Path)
@@ -75,11 +90,15 @@ def make(arguments: argparse.Namespace) -> None:
     good = np.isfinite(vectors).all(1)  # a file that could not be used is a row of NaN
     if not good.any():
         raise ValueError(f"{arguments.vectors}: no vectors in it")
-    mean = np.zeros(vectors.shape[1]) if arguments.no_centre else vectors[good].mean(0)
+    mean, scale = np.zeros(vectors.shape[1]), np.ones(vectors.shape[1])
+    if not arguments.as_is:
+        mean, deviation = vectors[good].mean(0, np.float64), vectors[good].std(0, np.float64)
+        # A number that hardly ever moves says little; without a floor a query in which it does would be all of it.
+        scale = 1 / np.maximum(deviation, max(1e-3 * deviation.max(), 1e-12))
+    about = About(paths, mean.tolist(), scale.tolist(), made_by)
     index = Index(ndim=vectors.shape[1], metric="cos", dtype="f32")
-    index.add(np.flatnonzero(good), vectors[good] - mean.astype(np.float32))
+    index.add(np.flatnonzero(good), about.standardised(vectors[good]))
     index.save(str(arguments.index))
-    about = About(paths, mean.tolist(), made_by)
     arguments.index.with_suffix(".json").write_text(json.dumps(asdict(about)), "utf-8")
     print(f"indexed: {len(index)} pictures in {arguments.index}")
 
@@ -102,7 +121,7 @@ def query(arguments: argparse.Namespace) -> None:
     index = Index.restore(str(arguments.index))
     if index is None:
         raise ValueError(f"{arguments.index}: no index; make one with `search.py index`")
-    about = About(**json.loads(arguments.index.with_suffix(".json").read_text("utf-8")))
+    about = About.read(arguments.index)
     vectors = query_vectors(index, about, arguments)
     rows = []
     for image, vector in zip(arguments.images, vectors, strict=True):
@@ -119,7 +138,7 @@ def query(arguments: argparse.Namespace) -> None:
 
 
 def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> np.ndarray:
-    """float32 [N, D], centred like the index. Raises ValueError where a picture has none."""
+    """float32 [N, D], standardised like the index. Raises ValueError where a picture has none."""
     known = {Path(path).resolve(): row for row, path in enumerate(about.paths) if row in index}
     missing = [image for image in arguments.images if Path(image).resolve() not in known]
     if not missing:
@@ -145,8 +164,7 @@ def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> 
         raise ValueError(
             f"the index is of weights {made_by['fingerprint']}, the model has {rows.fingerprint}: embed again"
         )
-    vectors: np.ndarray = rows.vectors - np.array(about.mean, np.float32)
-    return vectors
+    return about.standardised(rows.vectors)
 
 
 def draw(images: list[str], rows: list[Found], path: Path, side: int = 64, gap: int = 4) -> None:
