@@ -17,7 +17,7 @@ import numpy as np
 from entry.config import write_atomically
 from entry.images import ImageError, load_image
 from prg.client import Client, EmbedOptions
-from prg.training.data import LIMITS, DataError
+from prg.training.data import LIMITS, DataError, refuse_linked_folders
 from prg.training.progress import track
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -183,6 +183,7 @@ def find_images(sources: Iterable[str]) -> Iterator[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
+            refuse_linked_folders(path)
             found = sorted(
                 p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and (p.is_file() or dangles(p))
             )

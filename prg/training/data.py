@@ -61,6 +61,7 @@ def splits(source: str) -> dict[str, Source]:
     """The splits of a source, by name. Raises DataError where there is nothing to read."""
     folder = Path(source)
     if folder.is_dir():
+        refuse_linked_folders(folder)
         parquet = sorted(folder.rglob("*.parquet"))
         try:
             found = _parquet_splits(parquet) if parquet else _image_folder(folder)
@@ -73,6 +74,17 @@ def splits(source: str) -> dict[str, Source]:
     if not found:
         raise DataError(f"{source}: no images found; expected sub-folders of images, or parquet files")
     return found
+
+
+def refuse_linked_folders(folder: Path) -> None:
+    """Raises DataError where a folder in it is a link: what is listed here would lack its images."""
+    for parent, folders, _ in os.walk(folder):
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                raise DataError(
+                    f"{path}: a link to {path.resolve()}, and folders that are links are not followed; "
+                    "put the folder itself there (a bind mount does)"
+                )
 
 
 def load_split(

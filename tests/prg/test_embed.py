@@ -150,6 +150,15 @@ def test_strange_names_and_dangling_links_are_rows(tmp_path: Path, url: str, suf
     assert vectors[1] == pytest.approx([1, 0, 0, 0.8])
 
 
+def test_a_folder_that_is_a_link_is_an_error(
+    pictures: Path, tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (pictures / "more").symlink_to(tmp_path / "elsewhere")
+    assert main(["embed", str(pictures), "--url", url, "--out", str(tmp_path / "v.npy")]) == 1
+    assert f"{pictures / 'more'}: a link to" in capsys.readouterr().err
+
+
 def test_the_client_sends_a_file_of_any_name(tmp_path: Path, url: str) -> None:
     strange = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.png"))
     strange.write_bytes(png())
