@@ -85,16 +85,6 @@ def test_a_folder_that_is_a_link_is_named(tmp_path: Path) -> None:
     assert set(splits(str(tmp_path / "all"))) == {"validation"}  # the folder that was named may be one
 
 
-def test_a_folder_that_is_a_link_is_named(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "images", each=2, splits=("train",))
-    other = image_folder(tmp_path / "other", each=2, splits=("val",))
-    (folder / "val").symlink_to(other / "val")
-    with pytest.raises(DataError, match=rf"val: a link to {other / 'val'}.*not followed"):
-        splits(str(folder))
-    (tmp_path / "all").symlink_to(other)
-    assert set(splits(str(tmp_path / "all"))) == {"validation"}  # the folder that was named may be one
-
-
 def test_a_folder_without_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=str(tmp_path)):
         splits(str(tmp_path))
