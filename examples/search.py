@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -155,8 +156,8 @@ def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> 
         embedder = Remote(arguments.url, os.environ.get("PRG_KEY"), options)
     else:
         raise ValueError(f"{missing[0]} is not in the index; name the model with --entry or --url")
-    rows = embedder.embed([Path(image) for image in arguments.images])
-    embedder.close()
+    with closing(embedder):
+        rows = embedder.embed([Path(image) for image in arguments.images])
     if rows.errors:
         i, reason = next(iter(rows.errors.items()))
         raise ValueError(f"{arguments.images[i]}: {reason}")

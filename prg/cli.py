@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -488,7 +489,8 @@ def _embed(arguments: argparse.Namespace) -> None:
         raise DataError("--model goes with --url; --entry names the model itself")
     else:
         embedder = Local(arguments.entry, arguments.t_end, arguments.feature, arguments.normalize)
-    failed = embed(arguments.paths, arguments.out, embedder)
+    with closing(embedder):
+        failed = embed(arguments.paths, arguments.out, embedder)
     print(f"embedded: {arguments.out}" + (f"; {failed} files could not be used" if failed else ""))
 
 

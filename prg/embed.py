@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -156,7 +155,7 @@ def embed(sources: Iterable[str], out: Path, embedder: Embedder) -> int:
     if not files:
         raise DataError(f"no images in {', '.join(sources)} (files ending in {', '.join(SUFFIXES)})")
     parts = _parts(out, files, embedder.identity)
-    with closing(embedder), track("embedding", len(files)) as bar:
+    with track("embedding", len(files)) as bar:
         for start in range(0, len(files), PART):
             portion = files[start : start + PART]
             path = parts / f"{start:09}.npz"
