@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from prg.cli import _parser, main
+from prg.cli import main, parser
 from service.settings import OTHER_VARIABLES, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def check_words(where: str, environment: dict[str, str], words: list[str]) -> No
     if program == "prg":
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:
-                _parser().parse_args(arguments)
+                parser().parse_args(arguments)
             except SystemExit as stop:
                 if stop.code:
                     raise AssertionError(f"{where}: {said.getvalue()}") from None

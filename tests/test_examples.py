@@ -73,12 +73,12 @@ def test_the_words_of_an_example_exist(block: Block) -> None:
 
 
 def test_options_in_running_text_exist() -> None:
-    from prg.cli import _parser
+    from prg.cli import parser
 
     text = "".join(re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL) for page in PAGES)
     asked = {w for span in re.findall(r"`([^`]+)`", text) for w in re.findall(r"(?<!\S)--[a-z][a-z-]+", span)}
-    actions = _parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
-    known = {word for parser in actions for word in parser._option_string_actions}
+    actions = parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
+    known = {word for sub in actions for word in sub._option_string_actions}
     for script in (*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf-8")))
     known |= {"--new-key", "--wait", "--rm"}

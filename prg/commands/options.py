@@ -1,0 +1,40 @@
+"""Options that several commands share, and the overrides of a recipe that they mean."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TypeAlias
+
+from prg.recipe import shipped_recipes
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+RECIPES = f"a .toml file or one of {', '.join(shipped_recipes())}"
+IMAGES = "images: a folder, parquet files, or a dataset's name on the hub"
+
+
+def add_overrides(sub: argparse.ArgumentParser, data: str = IMAGES) -> None:
+    """--data and --set."""
+    sub.add_argument("--data", help=data)
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the recipe, such as finetune.epochs=3; may be repeated",
+    )
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """What --set and --data change of the recipe."""
+    return [*arguments.set, *data_override(arguments.data)]
+
+
+def data_override(data: str | None) -> list[str]:
+    """--data as a key of the recipe."""
+    return [f"data.source={json.dumps(source(data))}"] if data else []
+
+
+def source(data: str) -> str:
+    """A folder as an absolute path, so that the run finds it from anywhere; a hub name as it is."""
+    return str(Path(data).resolve()) if Path(data).exists() else data

@@ -1,0 +1,43 @@
+"""prg reproduce: all stages of a recipe."""
+
+import argparse
+from pathlib import Path
+
+from prg.commands.options import RECIPES, Commands, add_overrides, overrides
+from prg.recipe import load_recipe
+
+
+def add(commands: Commands) -> None:
+    """Its options."""
+    sub = commands.add_parser(
+        "reproduce",
+        help="a recipe's whole experiment: pretrain, finetune, export, evaluate",
+        description="Run all stages of a recipe, the entry written to RUN/entry with its figures on the test split. "
+        "The same command again continues it, and does nothing anew.",
+    )
+    sub.add_argument("recipe", help=RECIPES)
+    sub.add_argument("run", type=Path, help="folder of the run")
+    add_overrides(sub)
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, and of each stage the steps, the hours here and estimated GPU-hours; stop",
+    )
+    sub.set_defaults(command=_reproduce, several=True)
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from prg.training import processes
+    from prg.training.memory import keep_freed_memory
+    from prg.training.reproduce import plan, reproduce
+    from prg.training.run import open_run
+
+    run = open_run(arguments.run, load_recipe(arguments.recipe, overrides(arguments)))
+    if arguments.dry_run:
+        print(plan(run))
+        return
+    keep_freed_memory()
+    with processes.joined():
+        for line in reproduce(run):
+            if processes.writes():
+                print(line, flush=True)

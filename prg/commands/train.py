@@ -1,0 +1,99 @@
+"""prg pretrain and prg finetune."""
+
+import argparse
+from pathlib import Path
+
+from prg.commands.options import RECIPES, Commands, add_overrides, overrides
+from prg.recipe import Recipe, RecipeError, load_recipe
+
+FREEZE = ["finetune.freeze=true", "finetune.head=linear", "finetune.head_input=hidden"]
+
+
+def add(commands: Commands) -> None:
+    """Both, with the options that they share."""
+    for name, command, text in (
+        ("pretrain", _pretrain, "train a velocity network on images without labels"),
+        ("finetune", _finetune, "train encoder and head together, through the reverse ODE"),
+    ):
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.add_argument("run", type=Path, help="folder of the run; the same command again continues it")
+        sub.add_argument("--recipe", help=f"{RECIPES}; by default the run's own")
+        add_overrides(sub)
+        sub.add_argument(
+            "--skip-unreadable", action="store_true", help="leave out files that are no images, and list them"
+        )
+        sub.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved recipe, the network's size and the hours it will take here, and stop",
+        )
+        if name == "finetune":
+            sub.add_argument(
+                "--init",
+                type=Path,
+                help="what to begin from: a checkpoint of `prg pretrain` or `prg finetune`, or an entry's folder; "
+                "by default the run's own pretraining",
+            )
+            sub.add_argument(
+                "--freeze",
+                action="store_const",
+                const=FREEZE,
+                default=[],
+                help="keep the encoder and fit a linear head on its hidden features, in minutes: for few labels "
+                f"(short for {' '.join(f'--set {item}' for item in FREEZE)}, which --set overrides)",
+            )
+        sub.set_defaults(command=command, several=True)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from prg.training import processes
+    from prg.training.memory import keep_freed_memory
+    from prg.training.pretrain import pretrain
+    from prg.training.run import open_run
+
+    if arguments.dry_run:
+        _dry_run(arguments, "pretrain")
+        return
+    keep_freed_memory()
+    with processes.joined():
+        run = open_run(arguments.run, _recipe(arguments))
+        pretrain(run)
+        if processes.writes():
+            print(f"pretrained: {run.pretrained}\nnext: prg finetune {arguments.run}")
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from prg.training import processes
+    from prg.training.finetune import finetune
+    from prg.training.memory import keep_freed_memory
+    from prg.training.run import open_run
+
+    if arguments.dry_run:
+        _dry_run(arguments, "finetune")
+        return
+    keep_freed_memory()
+    with processes.joined():
+        run = open_run(arguments.run, _recipe(arguments))
+        finetune(run, arguments.init)
+        if processes.writes():
+            print(f"fine-tuned: {run.finetuned}\nnext: prg evaluate {arguments.run}")
+
+
+def _dry_run(arguments: argparse.Namespace, stage: str) -> None:
+    from prg.training.dry_run import describe
+
+    plan = _recipe(arguments) or load_recipe(str(arguments.run / "recipe.json"))
+    print(describe(plan, stage))
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe | None:
+    """The recipe that the flags describe, None if they leave it to the run."""
+    changes = [*getattr(arguments, "freeze", []), *overrides(arguments)]
+    if arguments.skip_unreadable:
+        changes.append("data.skip_unreadable=true")
+    own = arguments.run / "recipe.json"
+    if arguments.recipe is None and not changes:
+        return None
+    if arguments.recipe is None and not own.is_file():
+        raise RecipeError(f"{own}: no run here yet; begin one with --recipe")
+    return load_recipe(arguments.recipe or str(own), changes)
