@@ -1,20 +1,21 @@
-"""Corruptions of 32-pixel images at five severities (Hendrycks and Dietterich 2019), a row each.
+"""Corruptions of pictures at five severities (Hendrycks and Dietterich 2019), a row each.
 
-The severities are those of CIFAR-10-C. `frost` is left out, because it needs photographs of frost. OpenCV and
-ImageMagick are done without: their filters are written in numpy and scipy here, so pixels differ from the
-published files in detail, and figures are comparable among themselves, not digit by digit with published ones.
+The severities are those of CIFAR-10-C for 32 pixels and of Tiny-ImageNet-C for 64. `frost` is left out, because it
+needs photographs of frost.
 """
 
-import io
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image as Picture
+
+from prg.studies import filters
 
 SEVERITIES = (1, 2, 3, 4, 5)
+PUBLISHED = {32: "CIFAR-10-C", 64: "Tiny-ImageNet-C"}
+"""Whose severities they are, by the side of the pictures."""
 
 Corrupt = Callable[[np.ndarray, Any, np.random.Generator], np.ndarray]
 """corrupt(picture float64 [S, S, 3] in [0, 1], one of the severities' constants, generator) -> the same shape."""
@@ -27,21 +28,24 @@ class Corruption:
     group: str
     """noise, blur, weather or digital; extra: the four that are published as a validation set of their own."""
     corrupt: Corrupt
-    constants: tuple[Any, ...]
-    """What `corrupt` is given at severity 1 to 5."""
+    constants: dict[int, tuple[Any, ...]]
+    """What `corrupt` is given at severity 1 to 5, by the side of the pictures."""
 
 
 def corrupted(pixels: np.ndarray, name: str, severity: int, first: int = 0) -> np.ndarray:
     """uint8 [N, 3, S, S], corrupted; each image by a generator of its own, seeded by its number from `first`.
 
-    Raises ValueError for an unknown name or severity.
+    Raises ValueError for an unknown name or severity, and for a side without published severities.
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"unknown corruption {name!r}: choose one of {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity = {severity}: choose one from {SEVERITIES[0]} to {SEVERITIES[-1]}")
+    if pixels.shape[-1] not in PUBLISHED:
+        sides = " and ".join(map(str, PUBLISHED))
+        raise ValueError(f"pictures of {pixels.shape[-1]} pixels: there are severities for {sides}")
     row = CORRUPTIONS[name]
-    constants = row.constants[severity - 1]
+    constants = row.constants[pixels.shape[-1]][severity - 1]
     out = np.empty_like(pixels)
     for i, image in enumerate(pixels):
         generator = np.random.default_rng([zlib.crc32(name.encode()), severity, first + i])
@@ -50,298 +54,126 @@ def corrupted(pixels: np.ndarray, name: str, severity: int, first: int = 0) -> n
     return out
 
 
-def gaussian_noise(x: np.ndarray, scale: float, generator: np.random.Generator) -> np.ndarray:
-    """Normal noise."""
-    return x + generator.normal(0, scale, x.shape)
-
-
-def shot_noise(x: np.ndarray, photons: float, generator: np.random.Generator) -> np.ndarray:
-    """Poisson noise of so many photons in white."""
-    return generator.poisson(x * photons) / photons
-
-
-def impulse_noise(x: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Salt and pepper on that share of the values."""
-    hit, salt = generator.random(x.shape) < share, generator.random(x.shape) < 0.5
-    return np.where(hit, salt.astype(x.dtype), x)
-
-
-def speckle_noise(x: np.ndarray, scale: float, generator: np.random.Generator) -> np.ndarray:
-    """Normal noise in proportion to the brightness."""
-    return x + x * generator.normal(0, scale, x.shape)
-
-
-def gaussian_blur(x: np.ndarray, sigma: float, _: np.random.Generator) -> np.ndarray:
-    """A Gaussian over space, none over colour."""
-    from scipy.ndimage import gaussian_filter
-
-    blurred: np.ndarray = gaussian_filter(x, (sigma, sigma, 0), mode="nearest", truncate=4)
-    return blurred
-
-
-def defocus_blur(x: np.ndarray, constants: tuple[float, float], _: np.random.Generator) -> np.ndarray:
-    """A disk of that radius, its edge smoothed."""
-    from scipy.ndimage import convolve, gaussian_filter
-
-    radius, smoothing = constants
-    line = np.arange(-8, 9)
-    disk = (line[:, None] ** 2 + line**2 <= radius**2).astype(float)
-    kernel = gaussian_filter(disk / disk.sum(), smoothing, mode="mirror", radius=1)
-    out: np.ndarray = convolve(x, kernel[:, :, None], mode="mirror")
-    return out
-
-
-def glass_blur(
-    x: np.ndarray, constants: tuple[float, int, int], generator: np.random.Generator
-) -> np.ndarray:
-    """Blurred, each pixel replaced by a neighbour above or to the left (so the published files), blurred again."""
-    sigma, reach, rounds = constants
-    x = gaussian_blur(x, sigma, generator)
-    inner = np.arange(reach + 1, len(x) - reach + 1)
-    for _ in range(rounds):
-        dy, dx = generator.integers(-reach, reach, (2, len(inner), len(inner)))
-        moved = x.copy()
-        moved[np.ix_(inner, inner)] = x[inner[:, None] + dy, inner + dx]
-        x = moved
-    return gaussian_blur(x, sigma, generator)
-
-
-def motion_blur(x: np.ndarray, constants: tuple[float, float], generator: np.random.Generator) -> np.ndarray:
-    """Smeared along a line within 45 degrees of the horizontal."""
-    radius, sigma = constants
-    return smeared(x, radius, sigma, generator.uniform(-45, 45))
-
-
-def smeared(x: np.ndarray, radius: float, sigma: float, angle: float) -> np.ndarray:
-    """The mean of copies shifted along `angle` (degrees), weighted by half a Gaussian; edges are repeated."""
-    side = len(x)
-    i = np.arange(2 * int(np.ceil(radius)) + 1)
-    weights = np.exp(-(i**2) / (2 * sigma**2))
-    weights /= weights.sum()
-    rows = np.ceil(i * np.sin(np.radians(angle)) - 0.5).astype(int)
-    columns = np.ceil(i * np.cos(np.radians(angle)) - 0.5).astype(int)
-    line = np.arange(side)
-    out = np.zeros_like(x)
-    for weight, dy, dx in zip(weights, rows, columns, strict=True):
-        out += weight * x[(line + dy).clip(0, side - 1)][:, (line + dx).clip(0, side - 1)]
-    return out
-
-
-def zoom_blur(x: np.ndarray, farthest: float, _: np.random.Generator) -> np.ndarray:
-    """The mean of the picture and its enlargements from 1 up to `farthest`, in hundredths."""
-    factors = np.arange(1, farthest, 0.01)
-    return (x + sum(enlarged(x, f) for f in factors)) / (len(factors) + 1)
-
-
-def enlarged(x: np.ndarray, factor: float) -> np.ndarray:
-    """The middle of [S, S, C], enlarged to [S, S, C]."""
-    from scipy.ndimage import zoom
-
-    side = len(x)
-    part = int(np.ceil(side / factor))
-    top = (side - part) // 2
-    big: np.ndarray = zoom(x[top : top + part, top : top + part], (factor, factor, 1), order=1)
-    trim = (len(big) - side) // 2
-    return big[trim : trim + side, trim : trim + side]
-
-
-def fog(x: np.ndarray, constants: tuple[float, float], generator: np.random.Generator) -> np.ndarray:
-    """Clouds of a plasma fractal added, contrast reduced accordingly."""
-    amount, decay = constants
-    brightest = x.max()
-    side = len(x)
-    clouds = plasma(1 << (side - 1).bit_length(), decay, generator)[:side, :side, None]
-    return (x + amount * clouds) * brightest / (brightest + amount)
-
-
-def plasma(side: int, decay: float, generator: np.random.Generator) -> np.ndarray:
-    """A height map [side, side] in [0, 1] by the diamond-square algorithm on a torus; side is a power of two."""
-    heights = np.zeros((side, side))
-    step, wobble = side, 100.0
-
-    def jittered(total: np.ndarray) -> np.ndarray:
-        return total / 4 + wobble * generator.uniform(-wobble, wobble, total.shape)
-
-    while step >= 2:
-        half = step // 2
-        corners = heights[::step, ::step]
-        down = corners + np.roll(corners, -1, 0)
-        heights[half::step, half::step] = jittered(down + np.roll(down, -1, 1))
-        middles = heights[half::step, half::step]
-        above, left = middles + np.roll(middles, 1, 0), middles + np.roll(middles, 1, 1)
-        heights[::step, half::step] = jittered(above + corners + np.roll(corners, -1, 1))
-        heights[half::step, ::step] = jittered(left + corners + np.roll(corners, -1, 0))
-        step, wobble = half, wobble / decay
-    heights -= heights.min()
-    return heights / heights.max()
-
-
-def snow(x: np.ndarray, constants: tuple[float, ...], generator: np.random.Generator) -> np.ndarray:
-    """Flakes blown in one direction over a whitened picture, and the same flakes turned around."""
-    mean, spread, size, threshold, radius, sigma, kept = constants
-    flakes = enlarged(generator.normal(mean, spread, x.shape[:2])[:, :, None], size)
-    flakes = np.where(flakes < threshold, 0, flakes).clip(0, 1)
-    flakes = smeared(flakes, radius, sigma, generator.uniform(-135, -45))
-    white = np.maximum(x, grey(x) * 1.5 + 0.5)
-    return kept * x + (1 - kept) * white + flakes + np.rot90(flakes, 2)
-
-
-def grey(x: np.ndarray) -> np.ndarray:
-    """Luma [S, S, 1]."""
-    return x @ np.array([[0.299], [0.587], [0.114]])
-
-
-def spatter(x: np.ndarray, constants: tuple[float, ...], generator: np.random.Generator) -> np.ndarray:
-    """Drops of water (pale turquoise, brighter at an edge) or of mud."""
-    from scipy.ndimage import gaussian_filter
-
-    mean, spread, sigma, threshold, strength, mud = constants
-    liquid = gaussian_filter(generator.normal(mean, spread, x.shape[:2]), sigma, mode="nearest")
-    liquid = np.where(liquid < threshold, 0, liquid)
-    if mud:
-        mask = gaussian_filter((liquid > threshold).astype(float), strength, mode="nearest")
-        mask = np.where(mask < 0.8, 0, mask)[:, :, None]
-        return x * (1 - mask) + np.array([63, 42, 20]) / 255 * mask
-    drops = (liquid * lit_edges(liquid))[:, :, None]
-    if drops.max() > 0:
-        drops *= strength / drops.max()
-    return x + drops * np.array([175, 238, 238]) / 255
-
-
-def lit_edges(liquid: np.ndarray) -> np.ndarray:
-    """How much light falls on each pixel of drops lit from one corner: [S, S], at least 0."""
-    from scipy.ndimage import convolve, distance_transform_edt, sobel, uniform_filter
-
-    edge = np.hypot(sobel(liquid, 0), sobel(liquid, 1)) > 150 / 255
-    if not edge.any():
-        return np.zeros_like(liquid)
-    away = uniform_filter(np.minimum(distance_transform_edt(~edge), 20), 3)
-    ranks = np.searchsorted(np.sort(away, axis=None), away, side="right") / away.size  # equalised histogram
-    kernel = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
-    light: np.ndarray = uniform_filter(convolve(ranks, kernel, mode="mirror").clip(0, 1), 3)
-    return light
-
-
-def contrast(x: np.ndarray, factor: float, _: np.random.Generator) -> np.ndarray:
-    """Drawn together towards the mean colour."""
-    mean = x.mean((0, 1), keepdims=True)
-    return (x - mean) * factor + mean
-
-
-def brightness(x: np.ndarray, amount: float, _: np.random.Generator) -> np.ndarray:
-    """The value of hue, saturation, value, raised."""
-    value = x.max(2, keepdims=True)
-    return recoloured(x, (value + amount).clip(0, 1), saturation(x))
-
-
-def saturate(x: np.ndarray, constants: tuple[float, float], _: np.random.Generator) -> np.ndarray:
-    """The saturation of hue, saturation, value, changed."""
-    factor, more = constants
-    return recoloured(x, x.max(2, keepdims=True), (saturation(x) * factor + more).clip(0, 1))
-
-
-def saturation(x: np.ndarray) -> np.ndarray:
-    """[S, S, 1] in [0, 1]."""
-    value = x.max(2, keepdims=True)
-    return (value - x.min(2, keepdims=True)) / np.maximum(value, 1e-12)
-
-
-def recoloured(x: np.ndarray, value: np.ndarray, saturation_: np.ndarray) -> np.ndarray:
-    """The same hue with another value and saturation. A grey pixel's hue is red, as in any conversion to HSV."""
-    top, bottom = x.max(2, keepdims=True), x.min(2, keepdims=True)
-    colourful = top > bottom
-    below = np.where(colourful, (top - x) / np.where(colourful, top - bottom, 1), np.array([0.0, 1.0, 1.0]))
-    return value * (1 - saturation_ * below)
-
-
-def jpeg_compression(x: np.ndarray, quality: int, _: np.random.Generator) -> np.ndarray:
-    """Through JPEG of that quality."""
-    file = io.BytesIO()
-    picture(x).save(file, "JPEG", quality=quality)
-    with Picture.open(file) as read:
-        return np.asarray(read) / 255
-
-
-def pixelate(x: np.ndarray, factor: float, _: np.random.Generator) -> np.ndarray:
-    """Smaller and large again, by boxes."""
-    side = len(x)
-    small = picture(x).resize((int(side * factor),) * 2, Picture.Resampling.BOX)
-    return np.asarray(small.resize((side, side), Picture.Resampling.BOX)) / 255
-
-
-def picture(x: np.ndarray) -> Picture.Image:
-    """As Pillow's image."""
-    return Picture.fromarray((x * 255).round().astype(np.uint8))
-
-
-def elastic_transform(
-    x: np.ndarray, constants: tuple[float, float, float], generator: np.random.Generator
-) -> np.ndarray:
-    """A random affine map, then a smooth random displacement; the constants are shares of the side."""
-    from scipy.ndimage import gaussian_filter, map_coordinates
-
-    side = len(x)
-    strength, sigma, affine = (c * side for c in constants)
-    middle, reach = side // 2, side // 3
-    corners = np.array([[reach, reach], [reach, -reach], [-reach, -reach]], float) + middle
-    moved = corners + generator.uniform(-affine, affine, corners.shape)
-    ones = np.ones((3, 1))
-    back = np.linalg.solve(np.hstack([moved, ones]), corners)  # [3, 2]: where each pixel comes from
-    shift = [generator.uniform(-1, 1, (side, side)) for _ in range(2)]
-    if sigma > 0:
-        shift = [gaussian_filter(s, sigma, mode="reflect", truncate=3) for s in shift]
-    column, row = np.meshgrid(np.arange(side, dtype=float), np.arange(side, dtype=float))
-    at = np.stack([column + strength * shift[0], row + strength * shift[1], np.ones((side, side))], -1) @ back
-    places = [at[..., 1], at[..., 0]]
-    return np.stack([map_coordinates(x[..., c], places, order=1, mode="mirror") for c in range(3)], -1)
-
-
+ZOOMS = (1.06, 1.11, 1.16, 1.21, 1.26)
 CORRUPTIONS: dict[str, Corruption] = {
-    #                               group                         severity 1 … 5
-    "gaussian_noise": Corruption("noise", gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
-    "shot_noise": Corruption("noise", shot_noise, (500, 250, 100, 75, 50)),
-    "impulse_noise": Corruption("noise", impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "gaussian_noise": Corruption(
+        "noise",
+        filters.gaussian_noise,
+        {32: (0.04, 0.06, 0.08, 0.09, 0.10), 64: (0.04, 0.08, 0.12, 0.15, 0.18)},
+    ),
+    "shot_noise": Corruption(
+        "noise", filters.shot_noise, {32: (500, 250, 100, 75, 50), 64: (250, 100, 50, 30, 15)}
+    ),
+    "impulse_noise": Corruption(
+        "noise",
+        filters.impulse_noise,
+        {32: (0.01, 0.02, 0.03, 0.05, 0.07), 64: (0.01, 0.02, 0.05, 0.08, 0.14)},
+    ),
     "defocus_blur": Corruption(
-        "blur", defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))
+        "blur",
+        filters.defocus_blur,
+        {
+            32: ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+            64: ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
+        },
     ),
     "glass_blur": Corruption(
-        "blur", glass_blur, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
+        "blur",
+        filters.glass_blur,
+        {
+            32: ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+            64: ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
+        },
     ),
-    "motion_blur": Corruption("blur", motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": Corruption("blur", zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
+    "motion_blur": Corruption(
+        "blur",
+        filters.motion_blur,
+        {
+            32: ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+            64: ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
+        },
+    ),
+    "zoom_blur": Corruption("blur", filters.zoom_blur, {32: ZOOMS, 64: ZOOMS}),
     "snow": Corruption(
         "weather",
-        snow,
-        (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-        ),
+        filters.snow,
+        {
+            32: (
+                (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+                (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+                (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+                (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+                (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+            ),
+            64: (
+                (0.1, 0.2, 1, 0.6, 8, 3, 0.8),
+                (0.1, 0.2, 1, 0.5, 10, 4, 0.8),
+                (0.15, 0.3, 1.75, 0.55, 10, 4, 0.7),
+                (0.25, 0.3, 2.25, 0.6, 12, 6, 0.65),
+                (0.3, 0.3, 1.25, 0.65, 14, 12, 0.6),
+            ),
+        },
     ),
-    "fog": Corruption("weather", fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
-    "brightness": Corruption("weather", brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
-    "contrast": Corruption("digital", contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "fog": Corruption(
+        "weather",
+        filters.fog,
+        {
+            32: ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+            64: ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
+        },
+    ),
+    "brightness": Corruption(
+        "weather", filters.brightness, {32: (0.05, 0.1, 0.15, 0.2, 0.3), 64: (0.1, 0.2, 0.3, 0.4, 0.5)}
+    ),
+    "contrast": Corruption(
+        "digital", filters.contrast, {32: (0.75, 0.5, 0.4, 0.3, 0.15), 64: (0.4, 0.3, 0.2, 0.1, 0.05)}
+    ),
     "elastic_transform": Corruption(
         "digital",
-        elastic_transform,
-        ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+        filters.elastic_transform,
+        {
+            32: ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+            64: ((0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)),
+        },
     ),
-    "pixelate": Corruption("digital", pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
-    "jpeg_compression": Corruption("digital", jpeg_compression, (80, 65, 58, 50, 40)),
-    "speckle_noise": Corruption("extra", speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2)),
-    "gaussian_blur": Corruption("extra", gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1)),
+    "pixelate": Corruption(
+        "digital", filters.pixelate, {32: (0.95, 0.9, 0.85, 0.75, 0.65), 64: (0.9, 0.8, 0.7, 0.6, 0.5)}
+    ),
+    "jpeg_compression": Corruption(
+        "digital", filters.jpeg_compression, {32: (80, 65, 58, 50, 40), 64: (65, 58, 50, 40, 25)}
+    ),
+    "speckle_noise": Corruption(
+        "extra", filters.speckle_noise, {32: (0.06, 0.1, 0.12, 0.16, 0.2), 64: (0.15, 0.2, 0.25, 0.3, 0.35)}
+    ),
+    "gaussian_blur": Corruption(
+        "extra", filters.gaussian_blur, {32: (0.4, 0.6, 0.7, 0.8, 1), 64: (0.5, 0.75, 1, 1.25, 1.5)}
+    ),
     "spatter": Corruption(
         "extra",
-        spatter,
-        (
-            (0.62, 0.1, 0.7, 0.7, 0.5, 0),
-            (0.65, 0.1, 0.8, 0.7, 0.5, 0),
-            (0.65, 0.3, 1, 0.69, 0.5, 0),
-            (0.65, 0.1, 0.7, 0.69, 0.6, 1),
-            (0.65, 0.1, 0.5, 0.68, 0.6, 1),
-        ),
+        filters.spatter,
+        {
+            32: (
+                (0.62, 0.1, 0.7, 0.7, 0.5, 0),
+                (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+                (0.65, 0.3, 1, 0.69, 0.5, 0),
+                (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+                (0.65, 0.1, 0.5, 0.68, 0.6, 1),
+            ),
+            64: (
+                (0.62, 0.1, 0.7, 0.7, 0.6, 0),
+                (0.65, 0.1, 0.8, 0.7, 0.6, 0),
+                (0.65, 0.3, 1, 0.69, 0.6, 0),
+                (0.65, 0.1, 0.7, 0.68, 0.6, 1),
+                (0.65, 0.1, 0.5, 0.67, 0.6, 1),
+            ),
+        },
     ),
-    "saturate": Corruption("extra", saturate, ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))),
+    "saturate": Corruption(
+        "extra",
+        filters.saturate,
+        {
+            32: ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+            64: ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (30, 0.2)),
+        },
+    ),
 }

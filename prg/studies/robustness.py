@@ -4,24 +4,23 @@ from typing import Any
 
 import numpy as np
 
-from prg.studies.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from prg.studies.corruptions import CORRUPTIONS, PUBLISHED, SEVERITIES, corrupted
 from prg.studies.probes import top1
 from prg.studies.report import Cell, Draw, Report, draw_axes
 from prg.studies.subject import Material, Subject, some
 from prg.training.data import DataError, Images, same_classes
 from prg.training.figures import save_grid
 
-SIDE = 32
 COLUMNS = ("corruption", "group", *(f"severity {s}" for s in SEVERITIES), "mean")
 
 
 def robustness(subject: Subject, material: Material, limit: int | None) -> Report:
     """The served classifier, its own solve and level, on every corruption of the test images."""
     level = subject.classify_t_end
-    if subject.prg.image.size != SIDE:
-        raise DataError(
-            f"{subject.name}: takes {subject.prg.image.size}-pixel images; the severities are those of {SIDE}"
-        )
+    side = subject.prg.image.size
+    if side not in PUBLISHED:
+        sides = " and ".join(map(str, PUBLISHED))
+        raise DataError(f"{subject.name}: takes {side}-pixel images; severities are published for {sides}")
     name, images = material.test()
     images = same_classes(some(images, limit), subject.prg.labels or (), material.source)
     assert images.labels is not None
@@ -43,8 +42,8 @@ def robustness(subject: Subject, material: Material, limit: int | None) -> Repor
         rows = [*rows, (title, "", *means)]
     return Report(
         title="Robustness: accuracy on corrupted images",
-        about=f"Top-1 on {name} under the corruptions of Hendrycks and Dietterich (2019) at CIFAR-10-C's "
-        "severities, without frost, which needs photographs; spatter and motion are our own filters, close to "
+        about=f"Top-1 on {name} under the corruptions of Hendrycks and Dietterich (2019) at the severities of "
+        f"{PUBLISHED[side]}, without frost, which needs photographs; spatter and motion are our own filters, close to "
         "the published ones. The model never saw a corrupted image in training. "
         f"On the same images without corruption: {clean:.4f}.",
         columns=COLUMNS,

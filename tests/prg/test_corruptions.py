@@ -8,17 +8,19 @@ import pytest
 from prg.studies.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 
 
-@pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
-    """Smooth colourful pictures with edges and a little texture, uint8 [24, 3, 32, 32]."""
-    rng = np.random.default_rng(0)
-    line = np.linspace(0, 1, 32)
+@pytest.fixture(scope="module", params=[32, 64])
+def pictures(request: pytest.FixtureRequest) -> np.ndarray:
+    """Smooth colourful pictures with edges and a little texture, uint8 [24, 3, S, S]."""
+    rng, scale = np.random.default_rng(0), request.param // 32
+    line = np.linspace(0, scale, request.param)
     out = []
     for _ in range(24):
         fx, fy, phase = rng.uniform(1, 7, 3), rng.uniform(1, 7, 3), rng.uniform(0, 6, 3)
         wave = np.sin(fx[:, None, None] * line + fy[:, None, None] * line[:, None] + phase[:, None, None])
-        x = 0.45 + 0.25 * wave + rng.normal(0, 0.02, (3, 32, 32))
-        x[:, 8:20, rng.integers(4, 10) : rng.integers(16, 28)] = rng.uniform(0.1, 0.9, 3)[:, None, None]
+        x = 0.45 + 0.25 * wave + rng.normal(0, 0.02, wave.shape)
+        colour = rng.uniform(0.1, 0.9, 3)[:, None, None]
+        left, right = rng.integers(4 * scale, 10 * scale), rng.integers(16 * scale, 28 * scale)
+        x[:, 8 * scale : 20 * scale - scale // 2, left:right] = colour
         out.append((x.clip(0, 1) * 255).astype(np.uint8))
     return np.stack(out)
 
@@ -61,6 +63,8 @@ def test_the_clean_picture_is_not_a_severity(pictures: np.ndarray) -> None:
     for severity in (0, 6):
         with pytest.raises(ValueError, match="from 1 to 5"):
             corrupted(pictures, "fog", severity)
+    with pytest.raises(ValueError, match="16 pixels: there are severities for 32 and 64"):
+        corrupted(pictures[:, :, :16, :16], "fog", 1)
     with pytest.raises(ValueError, match="unknown corruption 'frost'"):
         corrupted(pictures, "frost", 1)
 

@@ -13,7 +13,7 @@ from prg.cli import main
 from prg.export import Export, export
 from prg.recipe import load_recipe
 from prg.studies.catalogue import STUDIES
-from prg.studies.corruptions import CORRUPTIONS
+from prg.studies.corruptions import CORRUPTIONS, PUBLISHED
 from prg.studies.probes import linear_probe, nearest_neighbours, top1
 from prg.studies.samples import frechet_distance
 from prg.studies.subject import Solve, Subject
@@ -130,12 +130,13 @@ def test_each_study_by_its_command(
             assert f"]({picture.name})" in page
 
 
-def test_robustness_of_a_model_of_32_pixels(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("side", PUBLISHED)
+def test_robustness_at_each_size_of_published_severities(
+    side: int, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = load_recipe("images-32")
+    recipe = load_recipe(f"images-{side}")
     entry, spec = tmp_path / "entry", recipe.image
-    image = ImageSpec(size=32, resize=32, preprocessing="v1", mean=spec.mean, std=spec.std)
+    image = ImageSpec(size=side, resize=side, preprocessing="v1", mean=spec.mean, std=spec.std)
     labels = ("blue", "green", "red")
     export(build_classifier(recipe, 3), Export(image, 0.8, "hidden", {}, labels, (0.8,)), entry)
     command = ["evaluate", str(entry), "--data", str(photos), "--study", "robustness", "--limit", "2"]
@@ -144,6 +145,7 @@ def test_robustness_of_a_model_of_32_pixels(
     assert [r["corruption"] for r in found["results"]][: len(CORRUPTIONS)] == list(CORRUPTIONS)
     assert len(found["results"]) == len(CORRUPTIONS) + 2
     assert found["conditions"]["images"] == 2
+    assert PUBLISHED[side] in (tmp_path / "robustness.md").read_text()
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
