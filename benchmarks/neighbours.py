@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from entry.runner import Runner
-from prg.training.data import hold_out, load_split, splits
+from prg.training.data import hold_out, load_split
+from prg.training.sources import splits
 
 BATCH = 64
 WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -18,8 +18,9 @@ import numpy as np
 from benchmarks.gateway import serving
 from entry.runner import Runner
 from prg.client import Client
-from prg.training.data import load_split, same_classes, splits
+from prg.training.data import load_split, same_classes
 from prg.training.evaluate import classify
+from prg.training.sources import splits
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from entry.runner import Runner
 from prg.checkpoint import CheckpointError, read_facts
 from prg.export import ExportError, least_cosine, relative_difference
 from prg.recipe import RecipeError, load_recipe
-from prg.training.data import DataError, Images
+from prg.training.data import Images
 from prg.training.evaluate import evaluate, record
 from prg.training.finetune import finetune, finetuning_job
 from prg.training.loop import Job, Trainer, device_name
@@ -42,6 +42,7 @@ from prg.training.processes import Interrupted
 from prg.training.publish import publish
 from prg.training.reproduce import finished, is_exported
 from prg.training.run import Run, choose_device
+from prg.training.sources import DataError
 
 Stage = Literal["pretrain", "finetune"]
 

@@ -48,22 +48,41 @@ class Model:
         return self.normalise(torch.from_numpy(np.stack([load_image(f, self.image) for f in read])))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> the network's units."""
+        """uint8 [B, 3, S, S] -> the network's units. Raises ValueError for other tensors."""
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"pixels are uint8, from 0 to 255, not {pixels.dtype}")
         return normalise(pixels, self.image.mean, self.image.std)
 
     def encode(self, x: Tensor, t_end: float | Tensor) -> Encoding:
-        """Reverse x [B, 3, S, S] to t_end, a number or one an image [B]. The gradient is that of the solve."""
+        """Reverse x [B, 3, S, S] to t_end, a number or one an image [B]. The gradient is that of the solve.
+
+        x: in the network's units, as `images` and `normalise` give it. t_end: from 0 (noise) to 1 (the image).
+        Raises ValueError for other tensors, and for levels outside of that.
+        """
+        self._check(x, t_end)
         out = self.module(x, _levels(x, t_end))
         return Encoding(out[0], out[1], out[2] if len(out) == 3 else None)
 
     def trajectory(self, x: Tensor, levels: Sequence[float]) -> Tensor:
-        """Whole states at several levels, each by the model's own solve: [L, B, 3, S, S]."""
+        """Whole states at several levels, each by the model's own solve: [L, B, 3, S, S]. Raises ValueError."""
+        self._check(x, torch.tensor(levels))
         return torch.stack([self.encoder.reverse(x, _levels(x, level))[0] for level in levels])
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
         """v(x, t), to integrate in one's own way: `prg.solver.integrate(model.velocity, x, 1.0, 0.5, steps=20)`."""
         out: Tensor = self.encoder.solver.velocity(x, _levels(x, t))
         return out
+
+    def _check(self, x: Tensor, levels: float | Tensor) -> None:
+        size = self.image.size
+        if not x.is_floating_point() or x.ndim != 4 or x.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)}; this model takes floats [B, 3, {size}, {size}] in its own units: "
+                "what `images` gives of files, and `normalise` of pixels"
+            )
+        t = torch.as_tensor(levels)
+        if not bool(((t >= 0) & (t <= 1)).all()):
+            raise ValueError(f"t_end = {levels}: from 0 (noise) to 1 (the image) is needed")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:

@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from prg.client import ServiceError
     from prg.export import ExportError
-    from prg.training.data import DataError
     from prg.training.processes import Interrupted, ProcessError, be_alone
+    from prg.training.sources import DataError
 
     try:
         if not getattr(arguments, "several", False) or arguments.dry_run:

@@ -16,10 +16,10 @@ import numpy as np
 from entry.config import write_atomically
 from entry.images import ImageError, load_image
 from prg.client import Client, EmbedOptions
-from prg.training.data import LIMITS, DataError, refuse_linked_folders
+from prg.training.data import LIMITS
 from prg.training.progress import track
+from prg.training.sources import SUFFIXES, DataError, refuse_linked_folders
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PART = 256
 """Images between two writes: what a kill can cost."""
 BATCH = 32

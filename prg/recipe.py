@@ -1,6 +1,7 @@
 """A recipe: everything that defines one experiment, typed and checked before any work begins."""
 
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -24,6 +25,13 @@ class RecipeError(ValueError):
     """A recipe that can't be used; the message names the file, the key and the fix."""
 
 
+def _check(section: object, good: dict[str, bool]) -> None:
+    """Raise ValueError that names the first key whose value is not good."""
+    for name, fine in good.items():
+        if not fine:
+            raise ValueError(f"{name} = {getattr(section, name)} is out of range")
+
+
 @dataclass(frozen=True)
 class Data:
     """Where the images come from and how they are split."""
@@ -43,6 +51,9 @@ class Data:
     enlarge: bool = False
     """Take images that are smaller than the network's size, and enlarge them."""
 
+    def __post_init__(self) -> None:
+        _check(self, {"validation": 0 < self.validation < 1})
+
 
 @dataclass(frozen=True)
 class Image:
@@ -52,6 +63,11 @@ class Image:
     resize: int = 32
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        _check(
+            self, {"mean": all(map(math.isfinite, self.mean)), "std": all(0 < s < math.inf for s in self.std)}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +97,20 @@ class Optimisation:
     """Compile the network (torch.compile): minutes at first, then faster steps on some GPUs; no gain on processors."""
 
     def __post_init__(self) -> None:
-        for name, good in {
-            "epochs": self.epochs > 0,
-            "batch": self.batch > 0,
-            "lr": self.lr > 0,
-            "warmup": 0 <= self.warmup < 1,
-            "clip": self.clip >= 0,
-            "ema": 0 <= self.ema < 1,
-        }.items():
-            if not good:
-                raise ValueError(f"{name} = {getattr(self, name)} is out of range")
+        _check(
+            self,
+            {
+                "epochs": 0 < self.epochs < math.inf,
+                "batch": self.batch > 0,
+                "lr": 0 < self.lr < math.inf,
+                "lr_min": 0 <= self.lr_min <= self.lr,
+                "warmup": 0 <= self.warmup < 1,
+                "betas": all(0 <= b < 1 for b in self.betas),
+                "weight_decay": 0 <= self.weight_decay < math.inf,
+                "clip": 0 <= self.clip < math.inf,
+                "ema": 0 <= self.ema < 1,
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +147,14 @@ class Finetune(Optimisation):
             raise ValueError(
                 f"t_end = {self.t_end}: levels in [0, 1) are needed, 1 would be no reverse solve"
             )
-        for name in ("beta", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} is out of range")
+        weights = {k: 0 <= getattr(self, k) < math.inf for k in ("beta", "mixup", "cutmix")}
+        _check(self, weights | {"label_smoothing": 0 <= self.label_smoothing < 1})
+        for name in weights:
             if self.freeze and getattr(self, name):
                 raise ValueError(
                     f"{name} = {getattr(self, name)} goes with a trained encoder; freeze needs 0"
                 )
-        if self.freeze and (not self.penalties or not all(p >= 0 for p in self.penalties)):
+        if self.freeze and (not self.penalties or not all(0 <= p < math.inf for p in self.penalties)):
             raise ValueError(f"penalties = {self.penalties}: at least one is needed, none below 0")
 
 
@@ -144,6 +164,9 @@ class Serve:
 
     t_end: float = 0.8
     feature: Literal["state", "hidden"] = "hidden"
+
+    def __post_init__(self) -> None:
+        _check(self, {"t_end": 0 <= self.t_end <= 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +185,7 @@ class Recipe:
     serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self) -> None:
+        _check(self, {"seed": self.seed >= 0})
         if isinstance(self.network, str) and self.network not in PRESETS:
             raise ValueError(f"network = {self.network!r}: choose one of {', '.join(PRESETS)}")
         if self.unet.image_size != self.image.size:
@@ -240,9 +264,13 @@ def _table(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         table: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text.decode())
     except ValueError as error:
         raise RecipeError(f"{name}: not valid {path.suffix[1:] or 'toml'}: {error}") from None
+    if not isinstance(table, dict):
+        raise RecipeError(f"{name}: a recipe is a table of keys, this is {table!r}")
     base = table.pop("extends", None)
     if base is None:
         return table
+    if isinstance(base, str) and Path(base).suffix in (".toml", ".json"):
+        base = str(path.parent / base)
     if not isinstance(base, str) or base in (*seen, name):
         raise RecipeError(
             f"{name}: extends = {base!r}: name another recipe, and not one that extends this one"

@@ -45,6 +45,11 @@ class UNetConfig:
     """Frequencies of the time embedding are exp(-ln(1e4) i / (n - freq_shift)), i from 0 to n - 1."""
 
     def __post_init__(self) -> None:
+        for key in ("image_size", "channels", "blocks", "groups", "patch", "heads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)}: at least 1 is needed")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers = {self.multipliers}: one for each level is needed, none below 1")
         coarsest = self.patch * 2 ** (len(self.multipliers) - 1)
         if self.image_size % coarsest:
             raise ValueError(

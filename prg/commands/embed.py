@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
 def _embed(arguments: argparse.Namespace) -> None:
     from prg.client import EmbedOptions
     from prg.embed import Embedder, Local, Remote, embed
-    from prg.training.data import DataError
+    from prg.training.sources import DataError
 
     if arguments.t_end is not None and not 0 <= arguments.t_end <= 1:
         raise DataError(f"--t-end {arguments.t_end}: must be from 0 to 1")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entry.config import EntryError, read_entry
-from prg.commands.options import Commands, data_override, source
+from prg.commands.options import Commands, add_skip_unreadable, overrides, source
 from prg.recipe import load_recipe
 from prg.studies.catalogue import STUDIES
 
@@ -33,6 +33,7 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("target", type=Path, help="a run folder, or an entry of a model repository")
     sub.add_argument("--data", help="images with labels; by default those of the run")
+    add_skip_unreadable(sub)
     sub.add_argument("--split", help="by default test, else validation, else (of a run) the images held back")
     sub.add_argument("--model-version", help="of an entry; by default the highest")
     sub.add_argument("--write", action="store_true", help="write the figures into the entry")
@@ -63,11 +64,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         _study(arguments)
         return
     from prg.studies.subject import some
-    from prg.training.data import load_split, splits
+    from prg.training.data import load_split
     from prg.training.evaluate import evaluate, record
     from prg.training.publish import publish
-    from prg.training.run import choose_split, open_run
+    from prg.training.run import choose_test, open_run
+    from prg.training.sources import splits
 
+    _check_out(arguments)
     if arguments.write and arguments.limit:
         raise EntryError("--write goes without --limit: an entry's figures are of the whole split")
     target: Path = arguments.target
@@ -75,8 +78,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if (target / "recipe.json").is_file():
             if arguments.write:
                 raise EntryError(f"{target}: is a run; --write needs an entry, so export it first")
-            recipe = load_recipe(str(target / "recipe.json"), data_override(arguments.data))
-            run = open_run(target, None if not arguments.data else recipe)
+            run = open_run(target, load_recipe(str(target / "recipe.json"), overrides(arguments)))
             entry = Path(temporary) / "run"
             publish(run, "finetune", entry, "fp32", compact=False)
             name, images = run.test_images(arguments.split)
@@ -87,11 +89,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 raise EntryError(f"{target}: say with --data which images to evaluate it on")
             data = source(arguments.data)
             found = splits(data)
-            split = choose_split(found, arguments.split or "", data)
+            split = choose_test(found, arguments.split or "", data)
             if split is None:
                 raise EntryError(f"{data}: no split test or validation; name one with --split")
             name = f"{Path(data).name}/{split}"
-            images = load_split(found[split], spec, Path(temporary))
+            images = load_split(found[split], spec, Path(temporary), arguments.skip_unreadable)
         images = some(images, arguments.limit)
         result = evaluate(entry, images, name, arguments.model_version)
     if arguments.write:
@@ -114,13 +116,14 @@ def _study(arguments: argparse.Namespace) -> None:
         raise EntryError(f"--study {arguments.study}: say with --out which folder the answer goes to")
     if arguments.write:
         raise EntryError(f"--study {arguments.study}: --write is for accuracy alone")
-    data = source(arguments.data) if arguments.data else None
+    _check_out(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         subject, material = open_target(
             arguments.target,
             arguments.stage or study.stage,
             Path(scratch),
-            data,
+            source(arguments.data) if arguments.data else None,
+            arguments.skip_unreadable,
             arguments.split,
             arguments.model_version,
             arguments.judge,
@@ -129,6 +132,13 @@ def _study(arguments: argparse.Namespace) -> None:
     fingerprint = subject.entry.fingerprint(subject.version)
     model = {"model": subject.name, "fingerprint": fingerprint, "data": material.source}
     _write(report, arguments, arguments.study, model)
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Raises OSError, before any work, where --out is no folder that can be written to."""
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.out).close()
 
 
 def _write(report: "Report", arguments: argparse.Namespace, name: str, model: dict[str, str]) -> None:

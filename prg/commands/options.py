@@ -25,14 +25,21 @@ def add_overrides(sub: argparse.ArgumentParser, data: str = IMAGES) -> None:
     )
 
 
+def add_skip_unreadable(sub: argparse.ArgumentParser) -> None:
+    """--skip-unreadable."""
+    sub.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out files that are no images, and list them"
+    )
+
+
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    """What --set and --data change of the recipe."""
-    return [*arguments.set, *data_override(arguments.data)]
-
-
-def data_override(data: str | None) -> list[str]:
-    """--data as a key of the recipe."""
-    return [f"data.source={json.dumps(source(data))}"] if data else []
+    """What --set, --data and --skip-unreadable change of the recipe."""
+    changes = list(getattr(arguments, "set", []))
+    if arguments.data:
+        changes.append(f"data.source={json.dumps(source(arguments.data))}")
+    if getattr(arguments, "skip_unreadable", False):
+        changes.append("data.skip_unreadable=true")
+    return changes
 
 
 def source(data: str) -> str:

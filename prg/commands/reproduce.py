@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from prg.commands.options import RECIPES, Commands, add_overrides, overrides
+from prg.commands.options import RECIPES, Commands, add_overrides, add_skip_unreadable, overrides
 from prg.recipe import load_recipe
 
 
@@ -18,6 +18,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("recipe", help=RECIPES)
     sub.add_argument("run", type=Path, help="folder of the run")
     add_overrides(sub)
+    add_skip_unreadable(sub)
     sub.add_argument(
         "--dry-run",
         action="store_true",

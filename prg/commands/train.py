@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from prg.commands.options import RECIPES, Commands, add_overrides, overrides
+from prg.commands.options import RECIPES, Commands, add_overrides, add_skip_unreadable, overrides
 from prg.recipe import Recipe, RecipeError, load_recipe
 
 FREEZE = ["finetune.freeze=true", "finetune.head=linear", "finetune.head_input=hidden"]
@@ -19,9 +19,7 @@ def add(commands: Commands) -> None:
         sub.add_argument("run", type=Path, help="folder of the run; the same command again continues it")
         sub.add_argument("--recipe", help=f"{RECIPES}; by default the run's own")
         add_overrides(sub)
-        sub.add_argument(
-            "--skip-unreadable", action="store_true", help="leave out files that are no images, and list them"
-        )
+        add_skip_unreadable(sub)
         sub.add_argument(
             "--dry-run",
             action="store_true",
@@ -89,8 +87,6 @@ def _dry_run(arguments: argparse.Namespace, stage: str) -> None:
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that the flags describe, None if they leave it to the run."""
     changes = [*getattr(arguments, "freeze", []), *overrides(arguments)]
-    if arguments.skip_unreadable:
-        changes.append("data.skip_unreadable=true")
     own = arguments.run / "recipe.json"
     if arguments.recipe is None and not changes:
         return None

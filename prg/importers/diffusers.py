@@ -1,7 +1,7 @@
 """Noise predictors of Hugging Face diffusers: a UNet2DModel trained as a DDPM, as a network of the `vp` path."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,20 @@ SCHEDULE: dict[str, Any] = {
     "prediction_type": "epsilon",
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
+    "use_flow_sigmas": False,
 }
-"""The schedule that the `vp` path is in continuous time, and diffusers' defaults at the same time."""
+"""The schedule that the `vp` path is in continuous time; keys that a config leaves out are taken to be so."""
+STATED = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+"""Keys that a config of a DDPM's schedule never leaves out."""
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Samplers of networks that were trained on such a schedule."""
 NETWORK: dict[str, Any] = {
     "_class_name": "UNet2DModel",
     "in_channels": 3,
@@ -63,6 +75,27 @@ SHAPE: dict[str, Any] = {
 IGNORED = ("dropout", "num_train_timesteps")
 """Keys of the network's config that its answers do not depend on."""
 
+
+def _number(x: Any, least: int = 1) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+
+def _list(x: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(x, list) and bool(x) and all(map(good, x))
+
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "sample_size": _number,
+    "block_out_channels": lambda x: _list(x, _number),
+    "down_block_types": lambda x: _list(x, lambda name: isinstance(name, str)),
+    "up_block_types": lambda x: _list(x, lambda name: isinstance(name, str)),
+    "layers_per_block": _number,
+    "attention_head_dim": lambda x: x is None or _number(x),
+    "norm_num_groups": _number,
+    "norm_eps": lambda x: isinstance(x, float) and x > 0,
+    "freq_shift": lambda x: _number(x, 0),
+}
+"""What a value of the shape must be to be one."""
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -89,7 +122,7 @@ def import_diffusers(folder: Path, recipe: str, overrides: Iterable[str] = ()) -
         raise CheckpointError(
             f"{folder}: no scheduler_config.json, which says what the network was trained on; save it beside"
         )
-    _demand(_read_json(schedules[0]), SCHEDULE, schedules[0])
+    _demand_schedule(_read_json(schedules[0]), schedules[0])
     source, tensors = _read_weights(home)
     given = {
         "network": asdict(unet),
@@ -110,6 +143,9 @@ def network_config(config: dict[str, Any], where: Path) -> UNetConfig:
     if unknown:
         raise CheckpointError(f"{where}: unknown keys {', '.join(unknown)}; they may change what it computes")
     shape = SHAPE | config
+    for key, good in TYPES.items():
+        if not good(shape[key]):
+            raise CheckpointError(f"{where}: {key} is {shape[key]!r}, which is none that a network can have")
     widths, down, up = (shape[k] for k in ("block_out_channels", "down_block_types", "up_block_types"))
     kinds = ("DownBlock2D", "AttnDownBlock2D")
     mirrored = [k.replace("Down", "Up") for k in reversed(down)]
@@ -126,8 +162,6 @@ def network_config(config: dict[str, Any], where: Path) -> UNetConfig:
         raise CheckpointError(
             f"{where}: downsample_padding is {shape['downsample_padding']!r}; accepted are 0 and 1"
         )
-    if not isinstance(shape["sample_size"], int):
-        raise CheckpointError(f"{where}: sample_size is {shape['sample_size']!r}; one number is needed")
     try:
         return UNetConfig(
             image_size=shape["sample_size"],
@@ -240,6 +274,18 @@ def _renamed(name: str) -> str:
     return ".".join([*path, OLD_NAMES.get(layer, layer), kind]) if ".attentions." in name else name
 
 
+def _demand_schedule(found: dict[str, Any], where: Path) -> None:
+    """Raise CheckpointError for the schedule of anything but a DDPM that predicts noise."""
+    kind, absent = found.get("_class_name"), [key for key in STATED if key not in found]
+    if kind not in SCHEDULERS or absent:
+        lack = f" without {', '.join(absent)}" if absent else ""
+        raise CheckpointError(
+            f"{where}: a schedule of {kind}{lack}; accepted is a DDPM's, with {', '.join(STATED)}, of "
+            f"{', '.join(SCHEDULERS)}"
+        )
+    _demand(found, SCHEDULE, where)
+
+
 def _demand(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Raise CheckpointError that says what was found where it is not what is accepted; absent is the default."""
     wrong = [f"{k} is {found[k]!r}, accepted is {v!r}" for k, v in wanted.items() if found.get(k, v) != v]
@@ -251,9 +297,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the folder that diffusers' save_pretrained wrote")
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a table of keys is needed, this is {found!r}")
     return found
 
 

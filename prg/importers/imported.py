@@ -46,7 +46,8 @@ def read_tensors(path: Path) -> Any:
             f"({reason})"
         ) from None
     except Exception as error:  # a broken archive makes the reader raise nearly anything
-        raise CheckpointError(f"{path}: not readable as a file of torch.save ({error})") from None
+        reason = str(error).strip("() ") or type(error).__name__
+        raise CheckpointError(f"{path}: not readable as a file of torch.save ({reason})") from None
 
 
 def write_run(folder: Path, imported: Imported) -> Run:
@@ -59,6 +60,11 @@ def write_run(folder: Path, imported: Imported) -> Run:
     for path in (folder / "recipe.json", run.pretrained, run.finetuned):
         if path.exists():
             raise CheckpointError(f"{folder}: holds a run already ({path.name}); name a new folder")
+    for name, tensor in (imported.net | (imported.head or {})).items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{imported.source}: {name} holds something else than finite numbers; it is no trained network's"
+            )
     net = UNet(recipe.unet)
     load_strictly(net, imported.net, imported.source)
     pretrained = _facts(imported, "pretrain")
@@ -76,9 +82,14 @@ def write_run(folder: Path, imported: Imported) -> Run:
         checkpoints[run.finetuned] = Checkpoint(
             {f"average.{k}": v for k, v in model.state_dict().items()}, facts
         )
-    for path, checkpoint in checkpoints.items():
-        save_checkpoint(path, checkpoint)
-    run.remember()
+    try:
+        for path, checkpoint in checkpoints.items():
+            save_checkpoint(path, checkpoint)
+        run.remember()
+    except BaseException:  # such as a full disk: half a run would stand in the way of the next try
+        for path in checkpoints:
+            path.unlink(missing_ok=True)
+        raise
     return run
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from prg.checkpoint import CheckpointError
 from prg.importers.imported import Imported, read_tensors
 from prg.recipe import Recipe
-from prg.training.data import splits
+from prg.training.sources import splits
 from prg.unet import time_embedding
 
 WRAPPERS = ("module", "_orig_mod")
@@ -32,6 +32,8 @@ def import_official(path: Path, recipe: Recipe) -> Imported:
     saved = read_tensors(path)
     tensors = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise CheckpointError(f"{path}: holds {_shape_of(saved)}; accepted is {ACCEPTED}")
+    if not all(isinstance(k, str) for k in tensors):
         raise CheckpointError(f"{path}: holds {_shape_of(saved)}; accepted is {ACCEPTED}")
     tensors = {_unwrapped(k): v for k, v in tensors.items()}
     parts = {p: _part(tensors, p) for p in (NETWORK, ENCODER, HEAD)}
@@ -58,7 +60,7 @@ def turn_time(net: dict[str, Tensor]) -> dict[str, Tensor]:
     which the linear layer after it can do; the last convolution turns the sign.
     """
     key = "time_embed.0.weight"
-    if key not in net:
+    if key not in net or net[key].ndim != 2 or not net[key].is_floating_point():
         return net  # made for another network; loading it will say so
     of_cos, of_sin = net[key].double().chunk(2, dim=1)
     cos, sin = time_embedding(torch.ones(1), net[key].shape[1]).double().chunk(2, dim=1)  # cos f, sin f
@@ -74,7 +76,7 @@ def _classes(head: dict[str, Tensor], recipe: Recipe, path: Path) -> tuple[str, 
             "say --set finetune.head_input=state --set finetune.head=mlp"
         )
     last = head.get("classifier.3.weight")
-    count = 0 if last is None else len(last)
+    count = 0 if last is None or not last.ndim else len(last)
     names = recipe.data.labels
     if not names and recipe.data.source:
         found = splits(recipe.data.source)

@@ -7,7 +7,8 @@ import numpy as np
 from prg.studies.probes import NEIGHBOURS, linear_probe, nearest_neighbours, top1
 from prg.studies.report import Cell, Report, draw_axes
 from prg.studies.subject import Material, Solve, Subject, some
-from prg.training.data import DataError, same_classes
+from prg.training.data import same_classes
+from prg.training.sources import DataError
 
 LEVELS = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 STEPS = (1, 2, 4)
@@ -19,12 +20,17 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
     training, held = material.training()
     if training.labels is None:
         raise DataError(f"{material.source}: no labels; this study needs them")
+    classes = len(training.classes)
     training = some(training, limit)
+    if len(training) < 4 * classes:
+        raise DataError(
+            f"{len(training)} images are too few to fit probes of {classes} classes to and to judge them by a "
+            f"quarter as many: at least {4 * classes} are needed"
+        )
     held = some(held, max(1, len(training) // 4))
     held = same_classes(held, training.classes, material.source)
     assert training.labels is not None
     assert held.labels is not None
-    classes = len(training.classes)
     rows: list[tuple[Cell, ...]] = []
     for level in LEVELS:
         for steps in STEPS if level < subject.t_start else STEPS[:1]:

@@ -8,8 +8,9 @@ from prg.studies.corruptions import CORRUPTIONS, PUBLISHED, SEVERITIES, corrupte
 from prg.studies.probes import top1
 from prg.studies.report import Cell, Draw, Report, draw_axes
 from prg.studies.subject import Material, Subject, some
-from prg.training.data import DataError, Images, same_classes
+from prg.training.data import Images, same_classes
 from prg.training.figures import save_grid
+from prg.training.sources import DataError
 
 COLUMNS = ("corruption", "group", *(f"severity {s}" for s in SEVERITIES), "mean")
 

@@ -6,9 +6,10 @@ import torch
 from prg.recipe import Image
 from prg.studies.report import Cell, Draw, Report
 from prg.studies.subject import BATCH, Material, Solve, Subject, some
-from prg.training.data import DataError, Images
+from prg.training.data import Images
 from prg.training.figures import save_grid, to_pixels
 from prg.training.progress import track
+from prg.training.sources import DataError
 
 SOLVES = (Solve("euler", 4), Solve("euler", 25), Solve("heun", 25))
 SHOWN = 100

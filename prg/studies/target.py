@@ -1,14 +1,14 @@
 """A run or an entry as the subject of a study, with the images that go with it."""
 
-import json
 from pathlib import Path
 
 from entry.config import EntryError
 from prg.recipe import load_recipe
 from prg.studies.subject import Material, Subject
-from prg.training.data import DataError, Images, hold_out, load_split, splits
+from prg.training.data import Images, hold_out, load_split
 from prg.training.publish import Stage, publish
-from prg.training.run import Run, choose_split, open_run
+from prg.training.run import Run, choose_split, choose_test, open_run
+from prg.training.sources import DataError, splits
 
 VALIDATION, SEED = 0.1, 0
 """What is held back from the training split where an entry does not say what was."""
@@ -19,6 +19,7 @@ def open_target(
     stage: Stage,
     scratch: Path,
     data: str | None = None,
+    skip_unreadable: bool = False,
     split: str | None = None,
     version: str | None = None,
     judge: Path | None = None,
@@ -29,40 +30,40 @@ def open_target(
     """
     judging = None if judge is None else Subject(judge)
     if (target / "recipe.json").is_file():
-        override = [f"data.source={json.dumps(data)}"] if data else []
-        run = open_run(target, load_recipe(str(target / "recipe.json"), override) if data else None)
+        given = ({"source": data} if data else {}) | ({"skip_unreadable": True} if skip_unreadable else {})
+        run = open_run(target, load_recipe(str(target / "recipe.json"), given={"data": given}))
         publish(run, stage, scratch / "run", "fp32", compact=False)
         subject = Subject(scratch / "run", name=f"{target.resolve().name} ({stage})")
         return subject, of_run(run, split, judging or subject)
     subject = Subject(target, version)
     if not data:
         raise EntryError(f"{target}: say with --data which images to study it on")
-    return subject, of_entry(subject, data, split, scratch, judging or subject)
+    return subject, of_entry(subject, data, skip_unreadable, split, scratch, judging or subject)
 
 
 def of_run(run: Run, split: str | None, judge: Subject) -> Material:
     """The run's own images."""
     return Material(
-        Path(run.recipe.data.source).name, run.training_images, lambda: run.test_images(split), judge
+        Path(run.recipe.data.source).name, run.judged_images, lambda: run.test_images(split), judge
     )
 
 
-def of_entry(subject: Subject, data: str, split: str | None, cache: Path, judge: Subject) -> Material:
+def of_entry(
+    subject: Subject, data: str, skip_unreadable: bool, split: str | None, cache: Path, judge: Subject
+) -> Material:
     """Images named by `data`; held back is what the entry says was held back, if it says so."""
     found = splits(data)
     name, spec = Path(data).name, subject.prg.image
 
     def training() -> tuple[Images, Images]:
-        if "train" not in found:
-            raise DataError(f"{data}: no split 'train' (there are: {', '.join(found)})")
-        images = load_split(found["train"], spec, cache)
+        images = load_split(found[choose_split(found, "train", data)], spec, cache, skip_unreadable)
         return hold_out(images, *_held_back(subject, len(images)))
 
     def test() -> tuple[str, Images]:
-        chosen = choose_split(found, split or "", data)
+        chosen = choose_test(found, split or "", data)
         if chosen is None:
             raise DataError(f"{data}: no split test or validation; name one with --split")
-        return f"{name}/{chosen}", load_split(found[chosen], spec, cache)
+        return f"{name}/{chosen}", load_split(found[chosen], spec, cache, skip_unreadable)
 
     return Material(name, training, test, judge)
 
@@ -70,7 +71,15 @@ def of_entry(subject: Subject, data: str, split: str | None, cache: Path, judge:
 def _held_back(subject: Subject, count: int) -> tuple[float, int]:
     """(share, seed) of the images that the entry's own training was not given."""
     training = subject.prg.versions[subject.version].training
-    stage = training.get("pretrain", training.get("finetune"))
-    if not isinstance(stage, dict) or not 0 < stage.get("images", 0) < count:
-        return VALIDATION, SEED
-    return 1 - stage["images"] / count, stage["seed"]
+    stages = [training.get(kind) for kind in ("pretrain", "finetune")]
+    held = {
+        (s["images"], s["seed"]) for s in stages if isinstance(s, dict) and 0 < s.get("images", 0) < count
+    }
+    if len(held) > 1:
+        raise DataError(
+            f"{subject.name}: was pretrained and fine-tuned on different shares of as many images "
+            f"({' and '.join(str(n) for n, _ in sorted(held))} of {count}): it can't be told which were held back"
+        )
+    for images, seed in held:
+        return 1 - images / count, seed
+    return VALIDATION, SEED

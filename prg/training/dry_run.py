@@ -101,10 +101,9 @@ def training_count(recipe: Recipe) -> int | None:
     """Images that would be trained on, None where the recipe names no source."""
     if not recipe.data.source:
         return None
-    from prg.training.data import DataError, splits
+    from prg.training.run import choose_split
+    from prg.training.sources import splits
 
     found = splits(recipe.data.source)
-    if recipe.data.train not in found:
-        raise DataError(f"{recipe.data.source}: no split {recipe.data.train!r}")
-    count = found[recipe.data.train].count
+    count = found[choose_split(found, recipe.data.train, recipe.data.source)].count
     return count - round(count * recipe.data.validation)

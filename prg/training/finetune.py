@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prg.checkpoint import load_checkpoint, load_strictly
+from prg.checkpoint import load_checkpoint, load_strictly, read_facts
 from prg.classifier import Classifier
 from prg.encoder import Encoder
 from prg.paths import PATHS, flow_matching_loss
@@ -16,7 +16,7 @@ from prg.recipe import Recipe
 from prg.training import figures, processes
 from prg.training.augmentation import augment, mix, normalise
 from prg.training.compiled import compile_network
-from prg.training.data import DataError, Images
+from prg.training.data import Images, check_held_back
 from prg.training.frozen import fit_head
 from prg.training.initial import load_initial
 from prg.training.loop import Batch, Job, Loss, Prepare, train
@@ -46,14 +46,15 @@ def finetune(run: Run, init: Path | None = None) -> None:
 def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> Job:
     """Everything that defines the fine-tuning of a run. Raises CheckpointError, EntryError, DataError."""
     recipe = run.recipe
-    if images.labels is None:
-        raise DataError(
-            f"{recipe.data.source}: no labels; fine-tuning needs one sub-folder of images a class"
-        )
-    run.check_classes(images, held_back)
+    run.check_classes()
+    check_held_back(images, held_back)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
-    origin = load_initial(model.encoder.net, recipe, init)
+    if not init.exists() and run.finetuned.is_file():  # what was begun from it goes on without it
+        begun = read_facts(run.finetuned)
+        origin: dict[str, Any] = {k: begun[k] for k in ("init", "pretraining") if k in begun}
+    else:
+        origin = load_initial(model.encoder.net, recipe, init)
     if recipe.finetune.compile:
         compile_network(model.encoder.net)
     return Job(

@@ -51,7 +51,7 @@ def fit_head(job: Job, recipe: Recipe, held_back: Images) -> None:
     """
     if job.checkpoint.exists():
         saved = load_checkpoint(job.checkpoint, "finetune")
-        refuse_other_settings(job.checkpoint, saved.facts["settings"], job.settings)
+        refuse_other_settings(job, saved.facts)
         return
     job.begun()
     job.folder.mkdir(parents=True, exist_ok=True)

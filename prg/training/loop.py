@@ -89,12 +89,14 @@ class Job:
         return max(1, round(self.config.epochs * self.steps_per_epoch))
 
 
-def refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise CheckpointError where the run's checkpoint was begun with other settings than it has now."""
-    differing = differences(with_defaults(saved), with_defaults(now))
+def refuse_other_settings(job: Job, saved: dict[str, Any]) -> None:
+    """Raise CheckpointError where the job's checkpoint, of these facts, was begun with other settings or classes."""
+    differing = differences(with_defaults(saved["settings"]), with_defaults(job.settings))
+    before, now = ({k: facts[k] for k in ("classes",) if k in facts} for facts in (saved, job.facts))
+    differing += differences(before, now)
     if differing:
         raise CheckpointError(
-            f"{path}: begun with other settings ({'; '.join(differing)}); "
+            f"{job.checkpoint}: begun with other settings ({'; '.join(differing)}); "
             "use those, or another folder for a new run"
         )
 
@@ -155,7 +157,7 @@ class Trainer:
         if not path.exists():
             return False
         saved = load_checkpoint(path, self.job.kind, self.job.device)
-        refuse_other_settings(path, saved.facts["settings"], self.job.settings)
+        refuse_other_settings(self.job, saved.facts)
         load_strictly(self.model, saved.part("model"), path)
         self.average = saved.part("average")
         self.step, self.seconds = saved.facts["step"], saved.facts["seconds"]

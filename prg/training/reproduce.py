@@ -12,7 +12,6 @@ from entry.config import read_entry, sha256
 from prg.checkpoint import read_facts
 from prg.recipe import Optimisation, Recipe, recipe_table
 from prg.training import processes
-from prg.training.data import DataError, splits
 from prg.training.dry_run import count_flops, flops, images_per_second, parts, random_images, training_count
 from prg.training.evaluate import BATCH, evaluate, record
 from prg.training.figures import can_plot
@@ -20,7 +19,7 @@ from prg.training.finetune import finetune, finetuning_job
 from prg.training.loop import Job, device_name, refuse_other_settings, step_generator
 from prg.training.pretrain import pretrain, pretraining_job
 from prg.training.publish import publish
-from prg.training.run import Run, choose_device, choose_split
+from prg.training.run import Run, choose_device, choose_test
 
 GPU_FLOPS = 50e12
 """Sustained FLOP/s assumed of a data-centre GPU: a third of the 156 TFLOP/s that NVIDIA names for an A100 in TF32,
@@ -46,6 +45,8 @@ def reproduce(run: Run) -> Iterator[str]:
     Of several processes all train, and the writer does the rest. Raises whatever the stages raise,
     CheckpointError also where a checkpoint is of another recipe.
     """
+    run.check_classes()
+    name, images = run.test_images()  # decoded before hours go by: what it can't be judged by is said now
     job = pretraining_job(run)
     yield from _stage("pretrain", lambda: finished(job, "trajectory.png"), lambda: pretrain(run))
     tuning = finetuning_job(run, run.pretrained, *run.training_images())
@@ -57,7 +58,6 @@ def reproduce(run: Run) -> Iterator[str]:
         lambda: is_exported(run.finetuned, entry),
         lambda: processes.told(lambda: publish(run, "finetune", entry, "fp32", compact=False)),
     )
-    name, images = run.test_images()
     yield from _stage(
         "evaluate",
         lambda: bool(measured(entry, name)),
@@ -81,7 +81,7 @@ def finished(job: Job, last: str) -> bool:
     if not job.checkpoint.exists():
         return False
     facts = read_facts(job.checkpoint)
-    refuse_other_settings(job.checkpoint, facts["settings"], job.settings)
+    refuse_other_settings(job, facts)
     return bool(facts["step"] >= facts["steps"]) and (job.folder / last).exists()
 
 
@@ -133,12 +133,11 @@ def plan(run: Run) -> str:
 def costs(run: Run) -> list[Stage]:
     """Pretraining, fine-tuning and evaluation, from their beginning. Raises DataError where no images are named."""
     recipe = run.recipe
-    count = training_count(recipe)
-    if count is None:
-        raise DataError("the recipe names no images: say where they are with --data")
-    found = splits(recipe.data.source)
-    split = choose_split(found, recipe.data.test, recipe.data.source)
-    test = found[split].count if split else found[recipe.data.train].count - count
+    run.check_classes()
+    found = run.sources()
+    count = training_count(recipe) or 0
+    split = choose_test(found, recipe.data.test, recipe.data.source)
+    test = found[split].count if split else found["train"].count - count
     _, extraction = flops(recipe)
     stages = [
         _training("pretrain", recipe.pretrain, count, stage_flops(recipe, "pretrain"), run.pretrained),

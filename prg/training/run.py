@@ -9,17 +9,10 @@ import torch
 
 from entry.config import ImageSpec, write_atomically
 from prg.checkpoint import CheckpointError, differences, read_facts
-from prg.recipe import Recipe, RecipeError, parse_recipe, recipe_table, with_defaults
+from prg.recipe import Recipe, RecipeError, load_recipe, recipe_table, with_defaults
 from prg.training import processes
-from prg.training.data import (
-    DataError,
-    Images,
-    Source,
-    check_classes_were_seen,
-    hold_out,
-    load_split,
-    splits,
-)
+from prg.training.data import Images, check_classes_were_seen, hold_out, load_split
+from prg.training.sources import DataError, Source, split_named, splits
 
 
 @dataclass(frozen=True)
@@ -81,35 +74,64 @@ class Run:
                 f"fine-tune in a new run: prg finetune NEW --recipe … --init {self.pretrained}"
             )
 
-    def training_images(self) -> tuple[Images, Images]:
-        """(training, validation), the same whenever the recipe is."""
+    def sources(self) -> dict[str, Source]:
+        """The splits of the run's images, undecoded, under the class names that the recipe gives."""
         data = self.recipe.data
         if not data.source:
             raise DataError("the recipe names no images: say where they are with --data")
         found = splits(data.source)
-        if data.train not in found:
-            raise DataError(f"{data.source}: no split {data.train!r} (there are: {', '.join(found)})")
-        images = self._load(found[data.train])
-        return hold_out(self._named(images), data.validation, self.recipe.seed)
+        train = choose_split(found, data.train, data.source)
+        own = found[train].classes
+        if data.labels and len(data.labels) != len(own):
+            raise DataError(
+                f"data.labels has {len(data.labels)} names, but {data.source} has {len(own)} classes"
+            )
+        names = dict(zip(own, data.labels or own, strict=True))
+        renamed = {k: replace(v, classes=tuple(names.get(c, c) for c in v.classes)) for k, v in found.items()}
+        return {"train": renamed.pop(train)} | renamed
+
+    def training_images(self) -> tuple[Images, Images]:
+        """(training, validation), the same whenever the recipe is."""
+        images = self._load(self.sources()["train"])
+        return hold_out(images, self.recipe.data.validation, self.recipe.seed)
+
+    def judged_images(self) -> tuple[Images, Images]:
+        """(training, validation), as they were when the run's model was trained.
+
+        Raises DataError where the images are others now: which of them were held back can't be told then.
+        """
+        images, held_back = self.training_images()
+        path = self.finetuned if self.finetuned.is_file() else self.pretrained
+        settings: dict[str, Any] = read_facts(path)["settings"] if path.is_file() else {}
+        if "images" in settings:  # what was imported names none
+            data = self.recipe.data
+            then = settings["images"], settings["data"]["validation"], settings["seed"]
+            if then != (len(images), data.validation, self.recipe.seed):
+                raise DataError(
+                    f"{data.source}: {len(images) + len(held_back)} images of which {len(images)} are to train on, "
+                    f"but {path} was trained on {then[0]}: which were held back from it can't be told; "
+                    "name a split that it never saw with --split"
+                )
+        return images, held_back
 
     def test_images(self, wanted: str | None = None) -> tuple[str, Images]:
         """(name, images) to be judged by: `wanted`, else the recipe's test split, else the images held back."""
-        data = self.recipe.data
-        found = splits(data.source)
-        split = choose_split(found, wanted or data.test, data.source)
+        data, found = self.recipe.data, self.sources()
+        split = choose_test(found, wanted or data.test, data.source)
+        name = Path(data.source).name
         if split is None:
-            return f"{Path(data.source).name}/held-out", self.training_images()[1]
-        images = self._load(found[split])
-        return f"{Path(data.source).name}/{split}", images
+            return f"{name}/held-out", self.judged_images()[1]
+        return f"{name}/{split}", self._load(found[split])
 
-    def check_classes(self, training: Images, held_back: Images) -> None:
-        """Raise DataError, before any work, for a class of the other splits that training never sees."""
-        data = self.recipe.data
-        others = (data.test, "test", "validation")
-        found = {k: replace(v, classes=data.labels or v.classes) for k, v in splits(data.source).items()}
-        check_classes_were_seen(
-            training, held_back, {k: v for k, v in found.items() if k in others and k != data.train}
-        )
+    def check_classes(self) -> None:
+        """Raise DataError, before any work, where there are no labels, or a split has a class that training lacks."""
+        data, found = self.recipe.data, self.sources()
+        train = found.pop("train")
+        if not train.classes:
+            raise DataError(f"{data.source}: no labels; fine-tuning needs one sub-folder of images a class")
+        others = {split_named(k) for k in (data.test, "test", "validation")}
+        judged = {k: v for k, v in found.items() if split_named(k) in others}
+        check_classes_were_seen(train.classes, train.labels(), judged)
 
     def _load(self, source: Source) -> Images:
         data = self.recipe.data
@@ -118,23 +140,20 @@ class Run:
                 source, self.image_spec, self.folder / "data", data.skip_unreadable, data.enlarge
             )
 
-    def _named(self, images: Images) -> Images:
-        """The images under the class names that the recipe gives, if it does."""
-        labels = self.recipe.data.labels
-        if not labels:
-            return images
-        if len(labels) != len(images.classes):
-            raise DataError(
-                f"data.labels has {len(labels)} names, but {self.recipe.data.source} has {len(images.classes)} classes"
-            )
-        return replace(images, classes=labels)
+
+def choose_split(found: dict[str, Source], wanted: str, source: str) -> str:
+    """The split of that name, or of another name for it. Raises DataError where there is none."""
+    same = [name for name in found if split_named(name) == split_named(wanted)]
+    if not same:
+        raise DataError(f"{source}: no split {wanted!r} (there are: {', '.join(found)}); name one of them")
+    return wanted if wanted in found else same[0]
 
 
-def choose_split(found: dict[str, Source], wanted: str, source: str) -> str | None:
+def choose_test(found: dict[str, Source], wanted: str, source: str) -> str | None:
     """The split to judge by: `wanted` if named, else test, else validation, else None. Raises DataError."""
-    if wanted and wanted not in found:
-        raise DataError(f"{source}: no split {wanted!r} (there are: {', '.join(found)})")
-    return wanted or next((s for s in ("test", "validation") if s in found), None)
+    if wanted:
+        return choose_split(found, wanted, source)
+    return next((name for one in ("test", "validation") for name in found if split_named(name) == one), None)
 
 
 def open_run(folder: Path, recipe: Recipe | None) -> Run:
@@ -143,7 +162,7 @@ def open_run(folder: Path, recipe: Recipe | None) -> Run:
     if recipe is None:
         if not path.is_file():
             raise RecipeError(f"{path}: no run here yet; begin one with --recipe")
-        return Run(folder, parse_recipe(json.loads(path.read_text("utf-8")), str(path)))
+        return Run(folder, load_recipe(str(path)))
     return Run(folder, recipe)
 
 

@@ -55,6 +55,21 @@ def test_a_pretrained_checkpoint_has_no_logits(home: Path) -> None:
         load(home / "none")
 
 
+def test_what_is_no_image_of_the_network_is_refused(home: Path) -> None:
+    model = load(home / "run")
+    x = torch.zeros(1, 3, 16, 16)
+    for tensor in (x.byte(), torch.zeros(1, 3, 32, 32), x[0]):
+        with pytest.raises(ValueError, match=r"takes floats \[B, 3, 16, 16\]"):
+            model.encode(tensor, 0.5)
+    for level in (-0.5, 8.0, float("nan"), torch.tensor([1.5])):
+        with pytest.raises(ValueError, match="from 0 .noise. to 1"):
+            model.encode(x, level)
+    with pytest.raises(ValueError, match="from 0 .noise. to 1"):
+        model.trajectory(x, [1.0, -1.0])
+    with pytest.raises(ValueError, match="pixels are uint8"):
+        model.normalise(x)
+
+
 def test_the_gradient_is_that_of_the_solve(home: Path) -> None:
     model = load(home / "run")
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)

@@ -188,6 +188,17 @@ def test_other_layouts_of_the_same_network(layout: str, folder: Path, original: 
         ("config.json", {"layers_per_block": 1}, "no place for: down_blocks.0.resnets.1"),
         ("config.json", {"sample_size": 20}, "must be a multiple of 8"),
         ("config.json", {"new_trick": True}, "unknown keys new_trick"),
+        ("config.json", {"block_out_channels": 8}, "block_out_channels is 8"),
+        ("config.json", {"block_out_channels": [0, 8, 8, 8]}, "block_out_channels is [0, 8, 8, 8]"),
+        ("config.json", {"attention_head_dim": [8, 8]}, "attention_head_dim is [8, 8]"),
+        ("config.json", {"norm_num_groups": None}, "norm_num_groups is None"),
+        ("config.json", {"sample_size": -16}, "sample_size is -16"),
+        (
+            "scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "a schedule of FlowMatch",
+        ),
+        ("scheduler_config.json", {"use_flow_sigmas": True}, "use_flow_sigmas is True"),
     ],
 )
 def test_what_is_no_ddpm_of_ours_is_refused(
@@ -204,6 +215,18 @@ def test_what_is_no_ddpm_of_ours_is_refused(
     assert said in error
     assert str(folder) in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("scheduler", ["EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_a_network_trained_on_something_else_is_refused(
+    scheduler: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    getattr(diffusers, scheduler)().save_pretrained(folder)
+    assert imports(folder, tmp_path / "run") == 1
+    assert f"a schedule of {scheduler} without" in capsys.readouterr().err
+    (folder / "scheduler_config.json").write_text("[]")
+    assert imports(folder, tmp_path / "run") == 1
+    assert "a table of keys is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

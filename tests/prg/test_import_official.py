@@ -12,10 +12,11 @@ import torch
 from workshop import image_folder
 
 from entry.config import read_entry
-from prg.checkpoint import load_checkpoint, load_strictly
+from prg.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_strictly
 from prg.classifier import Head, HeadConfig
 from prg.cli import main
 from prg.encoder import STATE_DIM, Encoder
+from prg.importers import imported as module
 from prg.training.finetune import load_finetuned
 from prg.training.run import open_run
 from prg.unet import PRESETS, UNet
@@ -188,3 +189,40 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "text.pt: not" in said(**SMALL)
     file = tmp_path / "missing.pt"
     assert "missing.pt: no such file" in said(**SMALL)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: {k: v * float("nan") for k, v in t.items()}, "something else than finite numbers"),
+        (lambda t: {k: v.int() for k, v in t.items()}, "something else than finite numbers"),
+        (lambda t: dict(enumerate(t.values())), "accepted is a checkpoint of the release"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(
+    spoil: Callable[[dict[str, Any]], Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = official_file(tmp_path / "file.pt", "tiny16", None)
+    torch.save({"model": spoil(torch.load(file)["model"])}, file)
+    assert imports(file, tmp_path / "run", **SMALL) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_no_half_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SMALL, **OFFICIAL, "data.labels": ["a", "b", "c"]}
+    file = official_file(tmp_path / "file.pt", "tiny16", 3)
+    whole = module.save_checkpoint
+
+    def fail(path: Path, checkpoint: Checkpoint) -> None:
+        if checkpoint.facts["kind"] == "finetune":
+            raise CheckpointError(f"{path}: could not be written (no space left)")
+        whole(path, checkpoint)
+
+    monkeypatch.setattr(module, "save_checkpoint", fail)
+    assert imports(file, tmp_path / "run", **settings) == 1
+    monkeypatch.undo()
+    assert "no space left" in capsys.readouterr().err
+    assert imports(file, tmp_path / "run", **settings) == 0

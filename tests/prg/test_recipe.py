@@ -13,6 +13,7 @@ from prg.recipe import (
     shipped_recipes,
     with_defaults,
 )
+from prg.training.run import open_run
 
 MINIMAL = """
 about = "mine"
@@ -52,12 +53,26 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("[encoder]\nlayers = []", "layers"),
         ("[encoder]\nlayers = ['top']", "unknown layers ['top']: this network has input_blocks.0"),
         ("[pretrain]\nepochs = true", "pretrain.epochs"),
+        ("[pretrain]\nepochs = inf", "epochs = inf"),
+        ("[pretrain]\nbetas = [1.5, 0.9]", "betas = (1.5, 0.9)"),
+        ("[pretrain]\nweight_decay = -1", "weight_decay = -1"),
+        ("[pretrain]\nlr_min = 2.0", "lr_min = 2.0"),
+        ("[finetune]\nlabel_smoothing = 2", "label_smoothing = 2"),
+        ("[serve]\nt_end = 2", "t_end = 2"),
+        ("[data]\nvalidation = nan", "validation = nan"),
+        ("[image]\nstd = [0, 0, 0]", "std = (0.0, 0.0, 0.0)"),
+        ("seed = -1", "seed = -1"),
+        ("[network]\nimage_size = 16\nchannels = 16\nmultipliers = []", "multipliers = ()"),
+        ("[network]\nimage_size = 16\nchannels = 0\nmultipliers = [1]", "channels = 0"),
+        ("[network]\nimage_size = 16\nchannels = 16\nmultipliers = [1]\npatch = 0", "patch = 0"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, line: str, named: str) -> None:
     table = tomllib.loads(MINIMAL)
     for key, value in tomllib.loads(line).items():
-        table[key] = {**table.get(key, {}), **value} if isinstance(value, dict) else value
+        table[key] = (
+            {**table.get(key, {}), **value} if isinstance(value, dict) and key != "network" else value
+        )
     with pytest.raises(RecipeError) as error:
         parse_recipe(table, "mine.toml")
     assert "mine.toml" in str(error.value)
@@ -92,6 +107,9 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     path.write_text("= 3")
     with pytest.raises(RecipeError, match="not valid toml"):
         load_recipe(str(path))
+    (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(RecipeError, match="a recipe is a table of keys"):
+        open_run(tmp_path, None)
 
 
 def test_settings_from_before_a_key_existed_have_its_default() -> None:
@@ -103,7 +121,7 @@ def test_settings_from_before_a_key_existed_have_its_default() -> None:
 def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(MINIMAL)
     path = tmp_path / "other.toml"
-    path.write_text(f'about = "other"\nextends = "{tmp_path / "mine.toml"}"\n[finetune]\nbatch = 7\n')
+    path.write_text('about = "other"\nextends = "mine.toml"\n[finetune]\nbatch = 7\n')
     recipe, base = load_recipe(str(path)), load_recipe(str(tmp_path / "mine.toml"))
     assert (recipe.about, recipe.finetune.batch, recipe.finetune.epochs) == ("other", 7, 1)
     assert (recipe.network, recipe.image, recipe.pretrain) == (base.network, base.image, base.pretrain)

@@ -1,0 +1,134 @@
+"""What a model is judged by: images it never saw, under the classes it was trained on, or an error."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from workshop import image_folder, overrides, trained_run
+
+from prg.checkpoint import read_facts
+from prg.cli import main
+from prg.studies.target import open_target
+from prg.training.sources import DataError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on photos without a split to be judged by, and its entry."""
+    folder = tmp_path_factory.mktemp("home")
+    run = trained_run(folder / "run", image_folder(folder / "photos", each=12, splits=("train",)))
+    assert main(["export", str(run), str(folder / "entry")]) == 0
+    return folder
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return ["--recipe", "images-32", "--data", str(folder), *overrides(*more)]
+
+
+def test_images_that_were_added_are_not_judged_by_what_was_held_back(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(home / "run")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 7
+    grown = shutil.copytree(home / "photos", tmp_path / "photos")
+    for i in range(4):
+        shutil.copy(grown / "train" / "red" / f"{i}.png", grown / "train" / "red" / f"0{i}.png")
+    for more in ([], ["--study", "levels", "--stage", "finetune", "--out", str(tmp_path / "out")]):
+        assert main(["evaluate", str(home / "run"), "--data", str(grown), *more]) == 1
+        assert "can't be told" in capsys.readouterr().err
+    assert main(["evaluate", str(home / "run"), "--data", str(grown), "--split", "train"]) == 0
+
+
+def test_an_entry_whose_halves_held_back_others_is_not_studied(home: Path, tmp_path: Path) -> None:
+    run, entry = tmp_path / "run", tmp_path / "entry"
+    init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]
+    other = command(home / "photos", "data.validation=0.3", "seed=5", "finetune.epochs=1")
+    assert main(["finetune", str(run), *other, *init]) == 0
+    assert main(["export", str(run), str(entry)]) == 0
+    for directory, fine in ((entry, False), (home / "entry", True)):
+        _, material = open_target(directory, "finetune", tmp_path / directory.name, str(home / "photos"))
+        if fine:
+            assert len(material.training()[1]) == 7
+        else:
+            with pytest.raises(DataError, match="different shares of as many images .25 and 29 of 36"):
+                material.training()
+
+
+def test_names_that_the_recipe_gives_hold_for_every_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = image_folder(tmp_path / "photos", each=8)
+    shutil.rmtree(photos / "test" / "green")
+    names = 'data.labels=["sky", "grass", "rose"]'
+    assert main(["reproduce", "images-32", str(tmp_path / "run"), *command(photos, names)[2:]]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 16
+    assert read_facts(tmp_path / "run" / "finetune" / "checkpoint.safetensors")["classes"] == [
+        *("sky", "grass", "rose")
+    ]
+
+
+def test_a_fine_tuning_does_not_go_on_with_other_classes(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    other = shutil.copytree(home / "photos", tmp_path / "photos")
+    (other / "train" / "red").rename(other / "train" / "pink")
+    assert main(["finetune", str(run), "--data", str(other)]) == 1
+    assert "classes was ['blue', 'green', 'red'], is ['blue', 'green', 'pink']" in capsys.readouterr().err
+    assert json.loads((run / "recipe.json").read_text())["data"]["source"] == str(home / "photos")
+
+
+def test_a_fine_tuning_goes_on_without_what_it_began_from(home: Path, tmp_path: Path) -> None:
+    init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]
+    assert main(["finetune", str(tmp_path / "run"), *command(home / "photos"), *init]) == 0
+    assert main(["finetune", str(tmp_path / "run")]) == 0
+    assert main(["finetune", str(tmp_path / "run"), *command(home / "photos", "finetune.lr=0.5")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("class", "split 'test' has classes that training never saw: violet"),
+        ("labels", "no labels; fine-tuning needs one sub-folder of images a class"),
+        ("file", "1 of 25 files are no usable images"),
+        ("split", "no split 'extra' (there are: train, test)"),
+    ],
+)
+def test_a_reproduction_says_before_it_trains_what_it_could_not_judge_by(
+    spoil: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = image_folder(tmp_path / "photos", each=8)
+    more = []
+    if spoil == "class":
+        shutil.copytree(photos / "test" / "red", photos / "test" / "violet")
+    elif spoil == "labels":
+        (photos / "train" / "red" / "0.png").rename(photos / "train" / "0.png")
+    elif spoil == "file":
+        (photos / "test" / "red" / "bad.png").write_bytes(b"no image")
+    else:
+        more = ["data.test=extra"]
+    reproduce = ["reproduce", "images-32", str(tmp_path / "run"), *command(photos, *more)[2:]]
+    assert main(reproduce) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "pretrain").exists()
+    if spoil == "file":
+        assert main(["evaluate", str(tmp_path / "none"), "--data", str(photos)]) == 1
+        capsys.readouterr()
+        assert main([*reproduce, "--skip-unreadable"]) == 0
+        evaluate = ["evaluate", str(tmp_path / "run" / "entry"), "--data", str(photos)]
+        assert main(evaluate) == 1
+        assert "--skip-unreadable" in capsys.readouterr().err
+        assert main([*evaluate, "--skip-unreadable"]) == 0
+    else:
+        assert main([*reproduce, "--dry-run"]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_first(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    out = ["--out", str(tmp_path / "out" / "levels")]
+    assert main(["evaluate", str(tmp_path / "no-run"), "--study", "levels", *out]) == 1
+    assert str(tmp_path / "out") in capsys.readouterr().err

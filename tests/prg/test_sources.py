@@ -1,0 +1,174 @@
+"""Splits, classes and labels as folders and parquet have them; what is ambiguous is said, never guessed."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from entry.config import ImageSpec
+from prg.training.data import Images, load_split, same_classes
+from prg.training.run import choose_split
+from prg.training.sources import DataError, splits
+from tests.tiny import png
+
+SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def pictures(folder: Path, *paths: str) -> Path:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(png())
+    return folder
+
+
+def table(path: Path, **columns: Any) -> Path:
+    """A parquet without Hugging Face's schema."""
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path.parent
+
+
+def loaded(folder: Path, cache: Path, split: str = "train") -> Images:
+    return load_split(splits(str(folder))[split], SPEC, cache)
+
+
+def test_folders_of_splits_by_any_of_their_names(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", "Training/a/1.png", "val/a/1.png", "testing/a/1.png", "notes/read.txt")
+    assert set(splits(str(folder))) == {"train", "validation", "test"}
+    found = splits(str(folder))
+    assert choose_split(found, "valid", "d") == "validation"
+    with pytest.raises(DataError, match="no split 'extra' .there are: "):
+        choose_split(found, "extra", "d")
+
+
+def test_a_class_named_like_a_split_is_asked_about(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", "train/1.png", "bus/1.png", "car/1.png")
+    with pytest.raises(DataError, match="train is the name of a split, but there are images in bus"):
+        splits(str(folder))
+    with pytest.raises(DataError, match="several folders are its validation split"):
+        splits(str(pictures(tmp_path / "e", "val/a/1.png", "valid/a/1.png")))
+
+
+def test_a_file_named_like_a_split_is_an_image_as_any(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", "a/img_test_1.png", "a/2.png", "b/validation.png")
+    [(name, source)] = splits(str(folder)).items()
+    assert (name, source.count, source.classes) == ("train", 3, ("a", "b"))
+
+
+def test_a_class_is_the_folder_in_the_split(tmp_path: Path) -> None:
+    """As in Tiny-ImageNet: train/n01443537/images/….JPEG."""
+    folder = pictures(tmp_path / "d", "train/n1/images/1.JPEG", "train/n2/images/1.JPEG", "train/n2/2.JPEG")
+    images = loaded(folder, tmp_path / "cache")
+    assert images.classes == ("n1", "n2")
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 1, 1]
+
+
+def test_one_class_alone_is_one(tmp_path: Path) -> None:
+    assert loaded(pictures(tmp_path / "d", "test/cat/1.png"), tmp_path / "cache", "test").classes == ("cat",)
+
+
+def test_images_beside_folders_have_no_labels(tmp_path: Path) -> None:
+    assert loaded(pictures(tmp_path / "d", "a/1.png", "2.png"), tmp_path / "cache").labels is None
+
+
+def test_numbered_folders_are_matched_by_number_not_by_place(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", *(f"{i}/1.png" for i in range(12)))
+    images = loaded(folder, tmp_path / "cache")
+    assert images.classes[2] == "10"  # as names are sorted
+    for trained in (tuple(str(i) for i in range(12)), tuple("abcdefghijkl")):
+        assert images.labels is not None
+        found = same_classes(images, trained, "d").labels
+        assert found is not None
+        assert [images.classes[i] for i in images.labels] == [str(i) for i in found]
+    seven = Images(images.pixels[:3], np.arange(3), ("7", "8", "9"))
+    with pytest.raises(DataError, match="never saw: 7, 8, 9"):
+        same_classes(seven, ("a", "b", "c"), "d")
+
+
+def image_bytes() -> list[dict[str, Any]]:
+    return [{"bytes": png((i * 60, 0, 0)), "path": None} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        ([0, 1, 2, 0], ("0", "1", "2"), [0, 1, 2, 0]),
+        (["dog", "cat", "dog", "ant"], ("ant", "cat", "dog"), [2, 1, 2, 0]),
+        ([-1, -1, -1, -1], (), None),
+        ([None, None, None, None], (), None),
+    ],
+)
+def test_labels_of_parquet(
+    labels: list[Any], classes: tuple[str, ...], numbers: list[int] | None, tmp_path: Path
+) -> None:
+    images = loaded(
+        table(tmp_path / "d" / "train.parquet", image=image_bytes(), label=labels), tmp_path / "cache"
+    )
+    assert images.classes == classes
+    assert (None if images.labels is None else images.labels.tolist()) == numbers
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0, 1, -1, 0], "some images have no label"),
+        ([0.5, 1.0, 2.0, 0.0], "whole numbers or names are needed"),
+    ],
+)
+def test_labels_that_are_none_are_named(labels: list[Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        splits(str(table(tmp_path / "d" / "train.parquet", image=image_bytes(), label=labels)))
+
+
+def test_hidden_labels_of_named_classes_are_none(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {"img": [Image.new("RGB", (16, 16))] * 2, "fine_label": [-1, -1]}
+    (tmp_path / "d").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "d" / "test.parquet"))
+    rows["fine_label"] = [1, 0]
+    datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "d" / "train.parquet"))
+    hidden = loaded(tmp_path / "d", tmp_path / "cache", "test")
+    with pytest.raises(DataError, match="no labels"):
+        same_classes(hidden, ("a", "b"), "test")
+    named = loaded(tmp_path / "d", tmp_path / "cache")
+    assert named.classes == ("a", "b")
+    assert named.labels is not None
+    assert named.labels.tolist() == [1, 0]
+
+
+def test_images_as_plain_bytes(tmp_path: Path) -> None:
+    folder = table(tmp_path / "d" / "train.parquet", picture=[png((200, 0, 0)), png((0, 200, 0))])
+    images = loaded(folder, tmp_path / "cache")
+    assert images.labels is None
+    assert images.pixels.mean((2, 3)).argmax(1).tolist() == [0, 1]
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    empty = pa.array([], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    with pytest.raises(DataError, match="no images found"):
+        splits(str(table(tmp_path / "d" / "train.parquet", image=empty, label=pa.array([], pa.int64()))))
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"img": [Image.new("RGB", (16, 16), (i * 90, 0, 0)) for i in range(2)]}
+    given = {
+        "train": datasets.Dataset.from_dict(rows | {"label": [1, 0]}, features),
+        "test": datasets.Dataset.from_dict(rows | {"label": [-1, -1]}, features),
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(given))
+    found = splits("someone/something")
+    images = load_split(found["train"], SPEC, tmp_path / "cache")
+    assert images.classes == ("a", "b")
+    assert images.labels is not None
+    assert images.labels.tolist() == [1, 0]
+    assert images.pixels[:, 0].mean((1, 2)).tolist() == [0, 90]
+    assert found["test"].classes == ()
