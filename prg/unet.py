@@ -56,9 +56,11 @@ class UNetConfig:
                 f"image_size = {self.image_size}: with {len(self.multipliers)} levels and patch = {self.patch} "
                 f"it must be a multiple of {coarsest}"
             )
-        for m in self.multipliers:
+        for i, m in enumerate(self.multipliers):
             width = self.channels * m
-            for key in ("groups", "head_channels" if self.head_channels else "heads"):
+            attended = 2**i in self.attention or (self.middle_attention and i == len(self.multipliers) - 1)
+            heads = ("head_channels" if self.head_channels else "heads",) if attended else ()
+            for key in ("groups", *heads):
                 if width % (parts := getattr(self, key)):
                     raise ValueError(f"{key} = {parts}: does not divide a level of {width} channels")
 

@@ -71,6 +71,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from prg.training.sources import splits
 
     _check_out(arguments)
+    for flag in ("stage", "judge"):
+        if getattr(arguments, flag):
+            raise EntryError(f"--{flag} goes with --study")
     if arguments.write and arguments.limit:
         raise EntryError("--write goes without --limit: an entry's figures are of the whole split")
     target: Path = arguments.target

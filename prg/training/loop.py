@@ -29,6 +29,7 @@ from prg.checkpoint import (
 from prg.recipe import Optimisation, RecipeError, with_defaults
 from prg.training import processes
 from prg.training.data import Images
+from prg.training.lock import Lock
 from prg.training.muon import Muon
 from prg.training.precision import Precision, choose_precision
 from prg.training.processes import Interrupted
@@ -267,10 +268,16 @@ def train(job: Job) -> Trainer:
     """Train to the end, from the run's checkpoint where there is one.
 
     Writes checkpoint.safetensors and metrics.jsonl to the run's folder. Raises Interrupted after SIGINT or
-    SIGTERM, FloatingPointError for a loss that is not finite, CheckpointError for a checkpoint of another run.
+    SIGTERM, FloatingPointError for a loss that is not finite, CheckpointError for a checkpoint of another run,
+    ProcessError where another process trains in the same folder.
     """
-    with closing(Trainer(job)) as trainer:
-        _train(job, trainer)
+    lock = Lock(job.folder)
+    processes.told(lock.acquire)
+    try:
+        with closing(Trainer(job)) as trainer:
+            _train(job, trainer)
+    finally:
+        lock.release()
     return trainer
 
 

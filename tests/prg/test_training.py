@@ -20,6 +20,7 @@ from prg.checkpoint import CheckpointError, load_checkpoint
 from prg.cli import main
 from prg.recipe import Pretrain
 from prg.training import compiled, loop
+from prg.training.lock import Lock
 from prg.training.loop import batch_at, learning_rate
 from prg.training.precision import choose_precision
 
@@ -117,6 +118,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     assert main(pretraining(tmp_path, photos)) == 1
     assert "the loss is nan at step 4" in capsys.readouterr().err
     assert step_of(tmp_path) == 4
+
+
+def test_two_do_not_train_in_one_folder(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = Lock(tmp_path / "pretrain")
+    lock.acquire()
+    assert main(pretraining(tmp_path, photos)) == 1
+    assert "another process is training here" in capsys.readouterr().err
+    lock.release()
+    assert main(pretraining(tmp_path, photos, "pretrain.epochs=1")) == 0
 
 
 def test_batches_of_an_epoch_are_a_permutation() -> None:
