@@ -83,7 +83,8 @@ def _image_folder(folder: Path) -> dict[str, Source]:
     named = {p: split_named(p.name) for p in inside if split_named(p.name) in SPLITS}
     if not named:
         return {"train": _images_in(folder)}
-    beside = [p for p in sorted(folder.iterdir()) if p not in named and next(_images(p), None)]
+    others = [p for p in sorted(folder.iterdir()) if p not in named and not p.name.startswith(".")]
+    beside = [p for p in others if next(_images(p), None)]
     if beside:
         raise DataError(
             f"{folder}: {next(iter(named)).name} is the name of a split, but there are images in {beside[0].name} "
@@ -114,11 +115,13 @@ def _images_in(folder: Path) -> Source:
 
 
 def _images(path: Path) -> Iterator[Path]:
-    """The image files in a folder, at all levels; or the file itself, if it is one."""
-    if path.is_file():
-        yield from [path] if path.suffix.lower() in SUFFIXES else []
-    for parent, _, files in os.walk(path):
-        yield from (Path(parent, name) for name in files if Path(name).suffix.lower() in SUFFIXES)
+    """The image files in a folder, at all levels; or the file itself, if it is one. Nothing hidden in it (.name)."""
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        yield path
+    for parent, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen = (name for name in files if not name.startswith("."))
+        yield from (Path(parent, name) for name in seen if Path(name).suffix.lower() in SUFFIXES)
 
 
 def _marks(files: list[Path]) -> str:
@@ -126,7 +129,7 @@ def _marks(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         facts = file.stat()
-        digest.update(os.fsencode(file.resolve()) + f"|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(os.path.abspath(file)) + f"|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

@@ -60,6 +60,15 @@ def test_a_file_named_like_a_split_is_an_image_as_any(tmp_path: Path) -> None:
     assert (name, source.count, source.classes) == ("train", 3, ("a", "b"))
 
 
+def test_what_is_hidden_is_no_image(tmp_path: Path) -> None:
+    """As file managers leave beside photos."""
+    folder = pictures(
+        tmp_path / "d", "train/a/1.png", "train/a/._1.png", "train/.cache/1.png", ".small/1.png"
+    )
+    images = loaded(folder, tmp_path / "cache")
+    assert (len(images), images.classes) == (1, ("a",))
+
+
 def test_a_class_is_the_folder_in_the_split(tmp_path: Path) -> None:
     """As in Tiny-ImageNet: train/n01443537/images/….JPEG."""
     folder = pictures(tmp_path / "d", "train/n1/images/1.JPEG", "train/n2/images/1.JPEG", "train/n2/2.JPEG")
