@@ -88,7 +88,7 @@ def _image_folder(folder: Path) -> dict[str, Source]:
     if beside:
         raise DataError(
             f"{folder}: {next(iter(named)).name} is the name of a split, but there are images in {beside[0].name} "
-            "beside it; put all classes into train, or give the class another name"
+            "beside it; put all images into folders of splits, or give that class another name"
         )
     found: dict[str, Source] = {}
     for path, name in named.items():
