@@ -1,10 +1,15 @@
 """prg pretrain and prg finetune."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prg.commands.options import RECIPES, Commands, add_overrides, add_skip_unreadable, overrides
 from prg.recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from prg.training.run import Run
 
 FREEZE = ["finetune.freeze=true", "finetune.head=linear", "finetune.head_input=hidden"]
 
@@ -44,44 +49,37 @@ def add(commands: Commands) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from prg.training import processes
-    from prg.training.memory import keep_freed_memory
     from prg.training.pretrain import pretrain
-    from prg.training.run import open_run
 
-    if arguments.dry_run:
-        _dry_run(arguments, "pretrain")
-        return
-    keep_freed_memory()
-    with processes.joined():
-        run = open_run(arguments.run, _recipe(arguments))
-        pretrain(run)
-        if processes.writes():
-            print(f"pretrained: {run.pretrained}\nnext: prg finetune {arguments.run}")
+    _train(arguments, "pretrain", pretrain, f"next: prg finetune {arguments.run}")
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from prg.training import processes
     from prg.training.finetune import finetune
+
+    _train(
+        arguments,
+        "finetune",
+        lambda run: finetune(run, arguments.init),
+        f"next: prg evaluate {arguments.run}",
+    )
+
+
+def _train(arguments: argparse.Namespace, stage: str, work: "Callable[[Run], None]", then: str) -> None:
+    from prg.training import processes
+    from prg.training.dry_run import describe
     from prg.training.memory import keep_freed_memory
     from prg.training.run import open_run
 
     if arguments.dry_run:
-        _dry_run(arguments, "finetune")
+        print(describe(_recipe(arguments) or load_recipe(str(arguments.run / "recipe.json")), stage))
         return
     keep_freed_memory()
     with processes.joined():
         run = open_run(arguments.run, _recipe(arguments))
-        finetune(run, arguments.init)
+        work(run)
         if processes.writes():
-            print(f"fine-tuned: {run.finetuned}\nnext: prg evaluate {arguments.run}")
-
-
-def _dry_run(arguments: argparse.Namespace, stage: str) -> None:
-    from prg.training.dry_run import describe
-
-    plan = _recipe(arguments) or load_recipe(str(arguments.run / "recipe.json"))
-    print(describe(plan, stage))
+            print(f"trained: {arguments.run / stage / 'checkpoint.safetensors'}\n{then}")
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
