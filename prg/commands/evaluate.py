@@ -132,8 +132,10 @@ def _study(arguments: argparse.Namespace) -> None:
             arguments.judge,
         )
         report = study.run(subject, material, arguments.limit or study.limit)
-    fingerprint = subject.entry.fingerprint(subject.version)
-    model = {"model": subject.name, "fingerprint": fingerprint, "data": material.source}
+    weights = {"fingerprint": subject.entry.fingerprint(subject.version)}
+    if (arguments.target / "recipe.json").is_file():  # what it was exported to is gone
+        weights = {"checkpoint": subject.prg.versions[subject.version].training["checkpoint"][:12]}
+    model = {"model": subject.name, **weights, "data": material.source}
     _write(report, arguments, arguments.study, model)
 
 
