@@ -9,11 +9,12 @@ PYTHONPATH=. python benchmarks/comparison.py FOLDER --data IMAGES [--images N] [
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from benchmarks.arms import ARMS, flops
 from entry.config import write_atomically
 from prg.recipe import Recipe, load_recipe, recipe_table, with_defaults
 from prg.studies.probes import linear_probe, top1
-from prg.studies.report import Report, conditions, draw_axes, table, write
+from prg.studies.report import Cell, Report, conditions, draw_axes, table, write
 from prg.studies.subject import Subject
 from prg.training.augmentation import normalise
 from prg.training.data import Images
@@ -37,17 +38,29 @@ from prg.training.memory import keep_freed_memory
 from prg.training.processes import Interrupted
 from prg.training.run import Run, choose_device
 
+RECIPE, ENTRY = "cifar10-small", Path("model_repository/prg-cifar10-pretrained")
 SHARES = (0.01, 0.1, 1.0)
-SEEDS = (0, 1, 2)
+SEEDS = 3
 RATES = (1e-3, 3e-3)
 RATES_AT = 0.1
 """The share of labels at which each arm's learning rate is chosen, with the first seed."""
 PROBES = {"state": "PRG, frozen, linear probe on STATE", "hidden": "PRG, frozen, linear probe on HIDDEN"}
 
 
-def probe_seeds(share: float) -> tuple[int, ...]:
-    """With all labels nothing is drawn, and a probe's fit is convex."""
-    return SEEDS[:1] if share == 1 else SEEDS
+@dataclass(frozen=True)
+class Extent:
+    """How much is trained."""
+
+    images: int
+    """That each run trains on, repeats counted: PRG's; a cheaper arm sees more."""
+    tuning: int
+    """Likewise, of the runs that choose a learning rate."""
+    shares: tuple[float, ...]
+    seeds: int
+
+    def probes(self, share: float) -> range:
+        """Seeds of a probe: with all labels nothing is drawn, and its fit is convex."""
+        return range(1 if share == 1 else self.seeds)
 
 
 def key(name: str, share: float, seed: int) -> str:
@@ -83,15 +96,16 @@ def accuracy(model: nn.Module, images: Images, recipe: Recipe) -> float:
 class Comparison:
     """The runs of the table, each kept in results.json as soon as it is known."""
 
-    def __init__(self, folder: Path, recipe: Recipe, entry: Path, count: int) -> None:
-        self.folder, self.recipe, self.entry, self.count = folder, recipe, entry, count
+    def __init__(self, folder: Path, recipe: Recipe, entry: Path, extent: Extent) -> None:
+        self.folder, self.recipe, self.entry, self.extent = folder, recipe, entry, extent
         run = Run(folder, recipe)
         self.training, self.held = run.training_images()
         self.test_name, self.test = run.test_images()
         self.path = folder / "results.json"
         told = {
             "recipe": recipe_table(recipe),
-            "images": count,
+            "images": extent.images,
+            "tuning": extent.tuning,
             "entry": Subject(entry).prg.versions["1"].sha256,
         }
         fresh: dict[str, Any] = {"settings": json.loads(json.dumps(told)), "rates": {}, "runs": {}}
@@ -115,7 +129,9 @@ class Comparison:
         """Write what is known so far."""
         write_atomically(self.path, (json.dumps(self.kept, indent=1) + "\n").encode())
 
-    def train(self, name: str, share: float, seed: int, rate: float, judged: Images) -> dict[str, Any]:
+    def train(
+        self, name: str, share: float, seed: int, rate: float, count: int, judged: Images
+    ) -> dict[str, Any]:
         """One run of an arm, from its beginning or its checkpoint; how right it is on `judged`."""
         recipe = replace(self.recipe, seed=seed)
         images = labelled_share(self.training, share, seed)
@@ -124,7 +140,7 @@ class Comparison:
         torch.manual_seed(seed)
         model = ARMS[name].build(recipe, classes, self.entry)
         cost = flops(model, recipe)
-        seen = round(self.count * whole / cost)  # equal compute: a cheaper arm sees more images
+        seen = round(count * whole / cost)  # equal compute: a cheaper arm sees more images
         batch = min(recipe.finetune.batch, len(images))
         steps_per_epoch = max(1, len(images) // batch)
         steps = max(1, round(seen / batch))
@@ -158,14 +174,20 @@ class Comparison:
     def rate(self, name: str) -> float:
         """The arm's learning rate, chosen on images held back from training."""
         if name not in self.kept["rates"]:
-            tried = {r: self.train(name, RATES_AT, SEEDS[0], r, self.held)["top1"] for r in RATES}
+            count = self.extent.tuning
+            tried = {r: self.train(name, RATES_AT, 0, r, count, self.held)["top1"] for r in RATES}
             self.kept["rates"][name] = {"tried": tried, "chosen": max(tried, key=lambda r: tried[r])}
             self.keep()
         return float(self.kept["rates"][name]["chosen"])
 
     def frozen(self) -> None:
         """Linear probes on both frozen features: features once, then a fit for each share and seed."""
-        wanted = [(name, share, seed) for name in PROBES for share in SHARES for seed in probe_seeds(share)]
+        wanted = [
+            (name, share, seed)
+            for name in PROBES
+            for share in self.extent.shares
+            for seed in self.extent.probes(share)
+        ]
         if all(key(*one) in self.kept["runs"] for one in wanted):
             return
         subject = Subject(self.entry)
@@ -186,47 +208,54 @@ class Comparison:
 
     def trained(self) -> None:
         """Every arm that is trained, the small shares first."""
-        for share in SHARES:
+        for share in self.extent.shares:
             for name in ARMS:
                 rate = self.rate(name)
-                for seed in SEEDS:
+                for seed in range(self.extent.seeds):
                     run = key(name, share, seed)
                     if run not in self.kept["runs"]:
-                        self.kept["runs"][run] = self.train(name, share, seed, rate, self.test)
+                        self.kept["runs"][run] = self.train(
+                            name, share, seed, rate, self.extent.images, self.test
+                        )
                         self.keep()
                         print(f"{run}: {self.kept['runs'][run]['top1']:.4f}", file=sys.stderr)
 
     def report(self) -> Report:
         """The table: mean and spread (standard deviation) over the seeds."""
+        shares, seeds = self.extent.shares, self.extent.seeds
+        averaged = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "of one seed"
         titles = {**{k: a.title for k, a in ARMS.items()}, **PROBES}
         order = ("resnet", "scratch", "at-one", "state", "hidden", "finetuned")
         found = {
             (name, share): [
                 self.kept["runs"][run]["top1"]
-                for seed in SEEDS
+                for seed in range(seeds)
                 if (run := key(name, share, seed)) in self.kept["runs"]
             ]
             for name in order
-            for share in SHARES
+            for share in shares
         }
-        rows = [(titles[name], *(cell(found[name, share]) for share in SHARES)) for name in order]
+        rows: list[tuple[Cell, ...]] = [
+            (titles[name], *(cell(found[name, share]) for share in shares)) for name in order
+        ]
         return Report(
             title="Does pretraining help?",
-            about="Top-1 accuracy in per cent on the test split, mean ± standard deviation over "
-            f"{len(SEEDS)} seeds (which draw the labelled images, the initial weights of what is not pretrained, "
-            "and the order), by the share of the training split's labels. All trained arms spend the same FLOPs "
+            about=f"Top-1 accuracy in per cent on the test split, {averaged} (a seed draws the labelled images, the "
+            "initial weights of what is not pretrained, and the order), by the share of the training split's "
+            "labels. All trained arms spend the same FLOPs "
             "on labelled images and share optimiser, augmentation and averaging; each arm's learning rate is "
             "the better of two on images held back. Pretraining on the same images without their labels comes "
             "on top, and is spent once. A probe's fit is convex, so with all labels nothing in it is random.",
-            columns=("arm", *(f"{100 * share:g} % of labels" for share in SHARES)),
+            columns=("arm", *(f"{100 * share:g} % of labels" for share in shares)),
             rows=rows,
-            figures={"": draw_axes(lambda axes: paint(axes, found, titles), width=7.5)},
+            figures={"": draw_axes(lambda axes: paint(axes, found, titles, shares), width=7.5)},
             facts={"rates": self.kept["rates"], "runs": self.kept["runs"]},
             conditions={
                 "data": self.test_name,
                 "images_judged": len(self.test),
-                "images_labelled": ", ".join(f"{len(labelled_share(self.training, s, 0)):,}" for s in SHARES),
-                "images_seen_in_training": self.count,
+                "images_labelled": ", ".join(f"{len(labelled_share(self.training, s, 0)):,}" for s in shares),
+                "images_seen_in_training": self.extent.images,
+                "images_seen_in_choosing_a_rate": self.extent.tuning,
                 "pretrained": f"{self.entry.name}, {self.kept['settings']['entry'][:12]}",
                 "precision": self.precision,
                 **conditions(),
@@ -246,21 +275,41 @@ def cell(found: list[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(found):.1f}" if len(found) > 1 else mean
 
 
-def paint(axes: Any, found: dict[tuple[str, float], list[float]], titles: dict[str, str]) -> None:
+def paint(
+    axes: Any, found: dict[tuple[str, float], list[float]], titles: dict[str, str], shares: tuple[float, ...]
+) -> None:
     """A line an arm over the number of labels."""
     for name in dict.fromkeys(name for name, _ in found):
-        points = [found[name, share] for share in SHARES]
+        points = [found[name, share] for share in shares]
         mean = [100 * statistics.mean(p) for p in points]
         spread = [100 * statistics.stdev(p) if len(p) > 1 else 0.0 for p in points]
         axes[0].errorbar(
-            [100 * s for s in SHARES], mean, spread, marker="o", markersize=4, capsize=3, label=titles[name]
+            [100 * s for s in shares], mean, spread, marker="o", markersize=4, capsize=3, label=titles[name]
         )
     axes[0].set_xscale("log")
-    axes[0].set_xticks([100 * s for s in SHARES], [f"{100 * s:g} %" for s in SHARES])
+    axes[0].set_xticks([100 * s for s in shares], [f"{100 * s:g} %" for s in shares])
     axes[0].set_xlabel("share of the labels")
     axes[0].set_ylabel("top-1, %")
     axes[0].grid(alpha=0.3)
     axes[0].legend(fontsize=7)
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What makes this table again, its folders by their names."""
+    parts = ["PYTHONPATH=. python benchmarks/comparison.py FOLDER", f"--data {Path(arguments.data).name}/"]
+    if arguments.recipe != RECIPE:
+        parts.append(f"--recipe {arguments.recipe}")
+    if arguments.entry != ENTRY:
+        parts.append(f"--entry {arguments.entry.name}")
+    parts.append(f"--images {arguments.images}")
+    if arguments.tuning:
+        parts.append(f"--tuning {arguments.tuning}")
+    if tuple(arguments.shares) != SHARES:
+        parts.append("--shares " + " ".join(f"{share:g}" for share in arguments.shares))
+    if arguments.seeds != SEEDS:
+        parts.append(f"--seeds {arguments.seeds}")
+    parts += [f"--set {shlex.quote(change)}" for change in arguments.set]
+    return " ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -269,16 +318,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="where results are kept while the table is made")
     parser.add_argument("--data", required=True, help="labelled images, with a test split")
-    parser.add_argument("--recipe", default="cifar10-small")
-    parser.add_argument("--entry", type=Path, default=Path("model_repository/prg-cifar10-pretrained"))
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--entry", type=Path, default=ENTRY)
     parser.add_argument("--images", type=int, default=19200, help="that each run trains on, repeats counted")
+    parser.add_argument(
+        "--tuning", type=int, metavar="N", help="likewise, to choose a learning rate (default: as many)"
+    )
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the labels")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--out", type=Path, help="write comparison.md, .json and .png here")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
     overrides = [f'data.source="{arguments.data}"', "finetune.batch=128", *arguments.set]
+    extent = Extent(
+        arguments.images, arguments.tuning or arguments.images, tuple(arguments.shares), arguments.seeds
+    )
     comparison = Comparison(
-        arguments.folder, load_recipe(arguments.recipe, overrides), arguments.entry, arguments.images
+        arguments.folder, load_recipe(arguments.recipe, overrides), arguments.entry, extent
     )
     try:
         comparison.frozen()
@@ -288,8 +345,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     report = comparison.report()
     print(table(report))
-    command = f"PYTHONPATH=. python benchmarks/comparison.py FOLDER --data {Path(arguments.data).name}/"
-    report.conditions["command"] = f"{command} --images {arguments.images}"
+    report.conditions["command"] = command(arguments)
     if arguments.out:
         write(report, arguments.out, "comparison")
     print(json.dumps({"benchmark": "comparison", "rows": report.rows}))

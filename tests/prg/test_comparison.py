@@ -16,11 +16,7 @@ from prg.recipe import load_recipe
 from prg.training.data import Images
 
 
-def test_the_table_is_made_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comparison, "SHARES", (0.1, 1.0))
-    monkeypatch.setattr(comparison, "SEEDS", (0, 1))
+def test_the_table_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = image_folder(tmp_path / "photos")
     run, entry, out = tmp_path / "run", tmp_path / "entries" / "tiny", tmp_path / "out"
     settings = overrides("finetune.lr=0.003")
@@ -28,6 +24,7 @@ def test_the_table_is_made_once(
     assert main(["export", str(run), str(entry), "--stage", "pretrain"]) == 0
     command = [str(tmp_path / "table"), "--data", str(photos), "--recipe", "images-32", *settings]
     command += ["--entry", str(entry), "--images", "64", "--out", str(out)]
+    command += ["--tuning", "32", "--shares", "0.1", "1", "--seeds", "2"]
     assert comparison.main(command) == 0
     kept = (tmp_path / "table" / "results.json").read_bytes()
     runs = json.loads(kept)["runs"]
@@ -35,6 +32,8 @@ def test_the_table_is_made_once(
     assert [p.name for p in (tmp_path / "table").iterdir() if p.is_dir()] == ["data"]
     table = json.loads((out / "comparison.json").read_text())
     assert len(table["results"]) == len(ARMS) + 2
+    again = "FOLDER --data photos/ --recipe images-32 --entry tiny --images 64 --tuning 32 --shares 0.1 1 --seeds 2"
+    assert again in table["conditions"]["command"]
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     # colours are what tells these classes apart: with all labels a probe on the reversed image must see them
     assert runs["state/1/0"]["top1"] > 0.9
