@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +37,8 @@ class Encoding(NamedTuple):
 class Model:
     """A trained model: `encoder` (and with a head `module`, the classifier) compute, eager or scripted."""
 
-    module: Any
-    encoder: Any
+    module: Any = field(repr=False)
+    encoder: Any = field(repr=False)
     image: ImageSpec
     labels: tuple[str, ...]
 

@@ -25,11 +25,11 @@ class RecipeError(ValueError):
     """A recipe that can't be used; the message names the file, the key and the fix."""
 
 
-def _check(section: object, good: dict[str, bool]) -> None:
-    """Raise ValueError that names the first key whose value is not good."""
-    for name, fine in good.items():
+def _check(section: object, **needed: tuple[bool, str]) -> None:
+    """Raise ValueError for the first key that is not (as needed, what is needed)."""
+    for name, (fine, what) in needed.items():
         if not fine:
-            raise ValueError(f"{name} = {getattr(section, name)} is out of range")
+            raise ValueError(f"{name} = {getattr(section, name)}: {what} is needed")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Data:
     """Take images that are smaller than the network's size, and enlarge them."""
 
     def __post_init__(self) -> None:
-        _check(self, {"validation": 0 < self.validation < 1})
+        _check(self, validation=(0 < self.validation < 1, "a share above 0 and below 1"))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Image:
 
     def __post_init__(self) -> None:
         _check(
-            self, {"mean": all(map(math.isfinite, self.mean)), "std": all(0 < s < math.inf for s in self.std)}
+            self,
+            mean=(all(map(math.isfinite, self.mean)), "a finite number a channel"),
+            std=(all(0 < s < math.inf for s in self.std), "a number above 0 a channel"),
         )
 
 
@@ -99,17 +101,15 @@ class Optimisation:
     def __post_init__(self) -> None:
         _check(
             self,
-            {
-                "epochs": 0 < self.epochs < math.inf,
-                "batch": self.batch > 0,
-                "lr": 0 < self.lr < math.inf,
-                "lr_min": 0 <= self.lr_min <= self.lr,
-                "warmup": 0 <= self.warmup < 1,
-                "betas": all(0 <= b < 1 for b in self.betas),
-                "weight_decay": 0 <= self.weight_decay < math.inf,
-                "clip": 0 <= self.clip < math.inf,
-                "ema": 0 <= self.ema < 1,
-            },
+            epochs=(0 < self.epochs < math.inf, "a number above 0"),
+            batch=(self.batch > 0, "one image or more"),
+            lr=(0 < self.lr < math.inf, "a number above 0"),
+            lr_min=(0 <= self.lr_min <= self.lr, f"a number from 0 to lr = {self.lr}"),
+            warmup=(0 <= self.warmup < 1, "a share from 0 to below 1"),
+            betas=(all(0 <= b < 1 for b in self.betas), "a pair of numbers from 0 to below 1"),
+            weight_decay=(0 <= self.weight_decay < math.inf, "0 or more"),
+            clip=(0 <= self.clip < math.inf, "0 (not clipped) or more"),
+            ema=(0 <= self.ema < 1, "a decay from 0 (no average) to below 1"),
         )
 
 
@@ -147,8 +147,9 @@ class Finetune(Optimisation):
             raise ValueError(
                 f"t_end = {self.t_end}: levels in [0, 1) are needed, 1 would be no reverse solve"
             )
-        weights = {k: 0 <= getattr(self, k) < math.inf for k in ("beta", "mixup", "cutmix")}
-        _check(self, weights | {"label_smoothing": 0 <= self.label_smoothing < 1})
+        weights = ("beta", "mixup", "cutmix")
+        _check(self, **{k: (0 <= getattr(self, k) < math.inf, "0 (none) or more") for k in weights})
+        _check(self, label_smoothing=(0 <= self.label_smoothing < 1, "a share from 0 to below 1"))
         for name in weights:
             if self.freeze and getattr(self, name):
                 raise ValueError(
@@ -166,7 +167,7 @@ class Serve:
     feature: Literal["state", "hidden"] = "hidden"
 
     def __post_init__(self) -> None:
-        _check(self, {"t_end": 0 <= self.t_end <= 1})
+        _check(self, t_end=(0 <= self.t_end <= 1, "a level from 0 (noise) to 1 (the image)"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ class Recipe:
     serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self) -> None:
-        _check(self, {"seed": self.seed >= 0})
+        _check(self, seed=(self.seed >= 0, "0 or more"))
         if isinstance(self.network, str) and self.network not in PRESETS:
             raise ValueError(f"network = {self.network!r}: choose one of {', '.join(PRESETS)}")
         if self.unet.image_size != self.image.size:

@@ -59,6 +59,15 @@ def _count(text: str) -> int:
     return number
 
 
+def _check_target(target: Path) -> None:
+    """Raise EntryError where it is neither a run nor an entry."""
+    if not any((target / name).is_file() for name in ("recipe.json", "config.pbtxt")):
+        there = "no run and no entry" if target.is_dir() else "no such folder"
+        raise EntryError(
+            f"{target}: {there}; name the folder of a run, or of an entry such as model_repository/prg-cifar10"
+        )
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.study:
         _study(arguments)
@@ -71,6 +80,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from prg.training.sources import splits
 
     _check_out(arguments)
+    _check_target(arguments.target)
     for flag in ("stage", "judge"):
         if getattr(arguments, flag):
             raise EntryError(f"--{flag} goes with --study")
@@ -120,6 +130,7 @@ def _study(arguments: argparse.Namespace) -> None:
     if arguments.write:
         raise EntryError(f"--study {arguments.study}: --write is for accuracy alone")
     _check_out(arguments)
+    _check_target(arguments.target)
     with tempfile.TemporaryDirectory() as scratch:
         subject, material = open_target(
             arguments.target,
@@ -178,6 +189,6 @@ def _show(accuracy: dict[str, object], labels: tuple[str, ...], confusion: list[
         row = confusion[i]
         wrong = max((n, labels[j]) for j, n in enumerate(row) if j != i) if len(labels) > 1 else (0, "")
         taken = f"{wrong[1]} ({wrong[0]})" if wrong[0] else ""
-        table.add_row(label, str(sum(row)), f"{row[i] / max(1, sum(row)):.1%}", taken)
+        table.add_row(label, str(sum(row)), f"{row[i] / sum(row):.1%}" if sum(row) else "–", taken)
     Console(stderr=True).print(table)
     print(json.dumps(accuracy))

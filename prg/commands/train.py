@@ -51,7 +51,12 @@ def add(commands: Commands) -> None:
 def _pretrain(arguments: argparse.Namespace) -> None:
     from prg.training.pretrain import pretrain
 
-    _train(arguments, "pretrain", pretrain, f"next: prg finetune {arguments.run}")
+    _train(
+        arguments,
+        "pretrain",
+        pretrain,
+        f"next: prg finetune {arguments.run} (with --data LABELLED/ where these images have no labels)",
+    )
 
 
 def _finetune(arguments: argparse.Namespace) -> None:

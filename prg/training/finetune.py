@@ -1,5 +1,6 @@
 """Fine-tuning: encoder and head together, through the reverse ODE."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from prg.training.run import Run, choose_device
 from prg.unet import UNet
 
 VALIDATION_BATCH = 256
+SHOWN = 10
+"""Classes that are named when a training begins."""
 
 
 def finetune(run: Run, init: Path | None = None) -> None:
@@ -34,6 +37,8 @@ def finetune(run: Run, init: Path | None = None) -> None:
     """
     run.check_trained_here(run.finetuned)
     images, held_back = run.training_images()
+    if processes.writes():
+        print(described(images, held_back), file=sys.stderr)
     job = finetuning_job(run, init or run.pretrained, images, held_back)
     if run.recipe.finetune.freeze:
         processes.told(lambda: fit_head(job, run.recipe, held_back))  # minutes, for one alone
@@ -41,6 +46,15 @@ def finetune(run: Run, init: Path | None = None) -> None:
     train(job)
     if processes.writes():
         figures.loss_curve(job.folder)
+
+
+def described(images: Images, held_back: Images) -> str:
+    """What is trained on, for a person to see before hours are spent."""
+    names = [*images.classes[:SHOWN], *(["…"] if len(images.classes) > SHOWN else [])]
+    return (
+        f"{len(images):,} images to train on and {len(held_back):,} held back to choose by; "
+        f"{len(images.classes)} classes: {', '.join(names)}"
+    )
 
 
 def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> Job:

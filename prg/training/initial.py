@@ -75,8 +75,11 @@ def _from_entry(net: UNet, recipe: Recipe, directory: Path) -> dict[str, Any]:
     except CheckpointError as error:
         shapes = {k: v.shape for k, v in weights.items()}
         fitting = [name for name, config in PRESETS.items() if shapes_of(config) == shapes]
-        hint = f" (it is {fitting[0]}: --set network={fitting[0]})" if fitting else ""
-        raise CheckpointError(f"{error}{hint}") from None
+        if not fitting:
+            raise error
+        raise CheckpointError(
+            f"{directory}: its network is {fitting[0]}, the recipe's is another: --set network={fitting[0]}"
+        ) from None
     origin = {"kind": "entry", "entry": entry.name, "version": version, "sha256": sha256(path)}
     return {"init": origin | {"training": entry.prg.versions[version].training}}
 

@@ -128,7 +128,10 @@ class Run:
         data, found = self.recipe.data, self.sources()
         train = found.pop("train")
         if not train.classes:
-            raise DataError(f"{data.source}: no labels; fine-tuning needs one sub-folder of images a class")
+            why = f": {train.why_unlabelled}" if train.why_unlabelled else ""
+            raise DataError(
+                f"{data.source}: no labels; fine-tuning needs one sub-folder of images a class{why}"
+            )
         others = {split_named(k) for k in (data.test, "test", "validation")}
         judged = {k: v for k, v in found.items() if split_named(k) in others}
         check_classes_were_seen(train.classes, train.labels(), judged)

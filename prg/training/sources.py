@@ -39,6 +39,8 @@ class Source:
     fingerprint: str
     labels: Callable[[], set[int]]
     """The labels that occur; no image is read for it."""
+    why_unlabelled: str = ""
+    """What would have to change for its folders to be classes; empty where there are none."""
 
 
 def splits(source: str) -> dict[str, Source]:
@@ -51,7 +53,7 @@ def splits(source: str) -> dict[str, Source]:
             found = _parquet_splits(parquet) if parquet else _image_folder(folder)
         except pa.ArrowException as error:
             raise DataError(f"{source}: not readable as parquet ({error})") from None
-    elif folder.is_absolute() or source.startswith((".", "~")) or folder.exists():
+    elif folder.is_absolute() or source.startswith((".", "~")) or source.endswith("/") or folder.exists():
         raise DataError(f"{source}: no such folder")
     else:
         found = _hub(source)
@@ -99,10 +101,20 @@ def _image_folder(folder: Path) -> dict[str, Source]:
 
 
 def _images_in(folder: Path) -> Source:
-    """One split: a class is a folder in it, with all that lies below; images beside those make all unlabelled."""
+    """One split: a class is a folder in it, with all that lies below; images beside those make all unlabelled.
+
+    Raises DataError where the splits lie below the classes: what is to be judged by would be trained on.
+    """
     files = sorted(_images(folder))
     names = [file.relative_to(folder).parts for file in files]
-    labelled = all(len(parts) > 1 for parts in names)
+    loose = [parts[0] for parts in names if len(parts) == 1]
+    labelled = not loose
+    if names and all(len(parts) > 2 and split_named(parts[1]) in SPLITS for parts in names):
+        name, split = names[0][:2]
+        raise DataError(
+            f"{folder}: splits lie below the classes, as {name}/{split}; put the classes below, as {split}/{name}"
+        )
+    beside = f"{len(loose)} of its images, such as {loose[0]}, are in no sub-folder" if loose else ""
     classes = tuple(sorted({parts[0] for parts in names})) if labelled else ()
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[parts[0]] if labelled else 0 for parts in names]
@@ -111,7 +123,8 @@ def _images_in(folder: Path) -> Source:
         for file, label in zip(files, labels, strict=True):
             yield str(file), file.read_bytes(), label
 
-    return Source(rows, len(files), classes, _marks(files), lambda: set(labels))
+    why = beside if len(loose) < len(files) else ""
+    return Source(rows, len(files), classes, _marks(files), lambda: set(labels), why)
 
 
 def _images(path: Path) -> Iterator[Path]:

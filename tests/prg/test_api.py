@@ -35,6 +35,7 @@ def test_run_checkpoint_and_entry_are_one_model(home: Path) -> None:
     checkpoint = home / "run" / "finetune" / "checkpoint.safetensors"
     for path in (home / "run", checkpoint, home / "entry"):
         model = load(path)
+        assert len(repr(model)) < 300
         x = model.normalise(torch.from_numpy(pixels))
         with torch.no_grad():
             found = model.encode(x, 0.3)

@@ -40,6 +40,24 @@ def test_images_that_were_added_are_not_judged_by_what_was_held_back(
     assert main(["evaluate", str(home / "run"), "--data", str(grown), "--split", "train"]) == 0
 
 
+def test_a_fine_tuning_says_what_it_trains_on(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors"), "--set", "finetune.epochs=1"]
+    assert main(["finetune", str(tmp_path / "run"), *command(home / "photos"), *init]) == 0
+    told = "29 images to train on and 7 held back to choose by; 3 classes: blue, green, red"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "there"), [("nothing", "no such folder"), (".", "no run and no entry")])
+def test_what_is_neither_run_nor_entry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, there: str
+) -> None:
+    for more in ([], ["--study", "steps", "--out", str(tmp_path / "out")]):
+        assert main(["evaluate", str(tmp_path / name), *more]) == 1
+        assert f"{there}; name the folder of a run" in capsys.readouterr().err
+
+
 def test_an_entry_whose_halves_held_back_others_is_not_studied(home: Path, tmp_path: Path) -> None:
     run, entry = tmp_path / "run", tmp_path / "entry"
     init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]

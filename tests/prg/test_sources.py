@@ -83,7 +83,26 @@ def test_one_class_alone_is_one(tmp_path: Path) -> None:
 
 
 def test_images_beside_folders_have_no_labels(tmp_path: Path) -> None:
-    assert loaded(pictures(tmp_path / "d", "a/1.png", "2.png"), tmp_path / "cache").labels is None
+    folder = pictures(tmp_path / "d", "a/1.png", "2.png")
+    assert loaded(folder, tmp_path / "cache").labels is None
+    assert (
+        splits(str(folder))["train"].why_unlabelled == "1 of its images, such as 2.png, are in no sub-folder"
+    )
+    assert not splits(str(pictures(tmp_path / "e", "1.png", "2.png")))["train"].why_unlabelled
+
+
+def test_splits_below_the_classes_are_no_photos_of_them(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", "cats/train/1.png", "cats/test/1.png", "dogs/train/1.png")
+    with pytest.raises(DataError, match="below the classes, as cats/test; .* as test/cats"):
+        splits(str(folder))
+    (folder / "dogs" / "1.png").write_bytes(png())  # so train is only what a part of the cats does
+    assert splits(str(folder))["train"].classes == ("cats", "dogs")
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail(name))
+    with pytest.raises(DataError, match="no-photos/: no such folder"):
+        splits("no-photos/")
 
 
 def test_numbered_folders_are_matched_by_number_not_by_place(tmp_path: Path) -> None:
