@@ -37,9 +37,9 @@ def finetune(run: Run, init: Path | None = None) -> None:
     """
     run.check_trained_here(run.finetuned)
     images, held_back = run.training_images()
+    job = finetuning_job(run, init or run.pretrained, images, held_back)
     if processes.writes():
         print(described(images, held_back), file=sys.stderr)
-    job = finetuning_job(run, init or run.pretrained, images, held_back)
     if run.recipe.finetune.freeze:
         processes.told(lambda: fit_head(job, run.recipe, held_back))  # minutes, for one alone
         return

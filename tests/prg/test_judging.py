@@ -47,6 +47,12 @@ def test_a_fine_tuning_says_what_it_trains_on(
     assert main(["finetune", str(tmp_path / "run"), *command(home / "photos"), *init]) == 0
     told = "29 images to train on and 7 held back to choose by; 3 classes: blue, green, red"
     assert told in capsys.readouterr().err
+    bare = image_folder(tmp_path / "bare", each=4, splits=("train",)) / "train"
+    for colour in ("red", "green", "blue"):
+        (bare / colour / "0.png").rename(bare / f"{colour}.png")
+    assert main(["finetune", str(tmp_path / "other"), *command(bare), *init]) == 1
+    assert "images to train on" not in (error := capsys.readouterr().err)
+    assert "no labels; fine-tuning needs one sub-folder of images a class: 3 of its images" in error
 
 
 @pytest.mark.parametrize(("name", "there"), [("nothing", "no such folder"), (".", "no run and no entry")])
