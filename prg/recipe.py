@@ -52,7 +52,14 @@ class Data:
     """Take images that are smaller than the network's size, and enlarge them."""
 
     def __post_init__(self) -> None:
-        _check(self, validation=(0 < self.validation < 1, "a share above 0 and below 1"))
+        _check(
+            self,
+            validation=(0 < self.validation < 1, "a share above 0 and below 1"),
+            labels=(
+                all(self.labels) and len(set(self.labels)) == len(self.labels),
+                "a name of its own a class",
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ class Recipe:
     serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self) -> None:
-        _check(self, seed=(self.seed >= 0, "0 or more"))
+        _check(self, seed=(0 <= self.seed < 2**62, "0 or more, below 2**62,"))
         if isinstance(self.network, str) and self.network not in PRESETS:
             raise ValueError(f"network = {self.network!r}: choose one of {', '.join(PRESETS)}")
         if self.unet.image_size != self.image.size:

@@ -73,18 +73,24 @@ def _finetune(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, stage: str, work: "Callable[[Run], None]", then: str) -> None:
     from prg.training import processes
     from prg.training.dry_run import describe
+    from prg.training.loop import is_complete
     from prg.training.memory import keep_freed_memory
     from prg.training.run import open_run
 
     if arguments.dry_run:
-        print(describe(_recipe(arguments) or load_recipe(str(arguments.run / "recipe.json")), stage))
+        run = open_run(arguments.run, _recipe(arguments))
+        if stage == "finetune" and run.recipe.data.source:
+            run.check_classes()
+        print(describe(run.recipe, stage))
         return
     keep_freed_memory()
     with processes.joined():
         run = open_run(arguments.run, _recipe(arguments))
+        checkpoint = arguments.run / stage / "checkpoint.safetensors"
+        done = is_complete(checkpoint)
         work(run)
         if processes.writes():
-            print(f"trained: {arguments.run / stage / 'checkpoint.safetensors'}\n{then}")
+            print(f"{'done already' if done else 'trained'}: {checkpoint}\n{then}")
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:

@@ -270,8 +270,10 @@ def _places(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
 
 def _renamed(name: str) -> str:
     """A tensor's name as diffusers gives it now."""
+    if ".attentions." not in name:
+        return name
     *path, layer, kind = name.split(".")
-    return ".".join([*path, OLD_NAMES.get(layer, layer), kind]) if ".attentions." in name else name
+    return ".".join([*path, OLD_NAMES.get(layer, layer), kind])
 
 
 def _demand_schedule(found: dict[str, Any], where: Path) -> None:
@@ -316,6 +318,8 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     if not pickled.is_file():
         raise CheckpointError(f"{folder}: no weights; {safe.name} or {pickled.name} is needed")
     tensors = read_tensors(pickled)
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise CheckpointError(f"{pickled}: not a table of tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
+    ):
+        raise CheckpointError(f"{pickled}: not a table of tensors by name")
     return pickled, tensors

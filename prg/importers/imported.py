@@ -1,6 +1,7 @@
 """What every import ends in: a run folder whose checkpoints the other commands take as their own."""
 
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def read_tensors(path: Path) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if _is_torchscript(path):
+        raise CheckpointError(
+            f"{path}: a TorchScript module, not a file of tensors; where it is an entry's, there is nothing to "
+            "import: `prg finetune … --init` takes the entry's folder"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -48,6 +54,18 @@ def read_tensors(path: Path) -> Any:
     except Exception as error:  # a broken archive makes the reader raise nearly anything
         reason = str(error).strip("() ") or type(error).__name__
         raise CheckpointError(f"{path}: not readable as a file of torch.save ({reason})") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+    ):  # as torch.save's older format; torch.load names it
+        return False
 
 
 def write_run(folder: Path, imported: Imported) -> Run:

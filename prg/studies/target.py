@@ -1,11 +1,12 @@
 """A run or an entry as the subject of a study, with the images that go with it."""
 
+import sys
 from pathlib import Path
 
 from entry.config import EntryError
 from prg.recipe import load_recipe
 from prg.studies.subject import Material, Subject
-from prg.training.data import Images, hold_out, load_split
+from prg.training.data import Images, as_dealt, hold_out, load_split
 from prg.training.publish import Stage, publish
 from prg.training.run import Run, choose_split, choose_test, open_run
 from prg.training.sources import DataError, splits
@@ -57,7 +58,7 @@ def of_entry(
 
     def training() -> tuple[Images, Images]:
         images = load_split(found[choose_split(found, "train", data)], spec, cache, skip_unreadable)
-        return hold_out(images, *_held_back(subject, len(images)))
+        return _dealt(subject, images, name)
 
     def test() -> tuple[str, Images]:
         chosen = choose_test(found, split or "", data)
@@ -68,18 +69,37 @@ def of_entry(
     return Material(name, training, test, judge)
 
 
-def _held_back(subject: Subject, count: int) -> tuple[float, int]:
-    """(share, seed) of the images that the entry's own training was not given."""
+def _dealt(subject: Subject, images: Images, name: str) -> tuple[Images, Images]:
+    """(training, held back) as the entry's own training had them; by a share of our own where it saw others.
+
+    Raises DataError where these are nearly its images, so that it can't be told which it saw.
+    """
     training = subject.prg.versions[subject.version].training
-    stages = [training.get(kind) for kind in ("pretrain", "finetune")]
-    held = {
-        (s["images"], s["seed"]) for s in stages if isinstance(s, dict) and 0 < s.get("images", 0) < count
-    }
-    if len(held) > 1:
+    told = [training.get(kind) for kind in ("pretrain", "finetune")]
+    records = [record for record in told if isinstance(record, dict) and "images" in record]
+    count = len(images)
+    found: dict[tuple[int, int], tuple[Images, Images]] = {}
+    for record in records:
+        dealt = as_dealt(images, {"validation": 1 - record["images"] / count} | record)
+        if dealt:
+            found[record["images"], record["seed"]] = dealt
+    if len(found) > 1:
         raise DataError(
             f"{subject.name}: was pretrained and fine-tuned on different shares of as many images "
-            f"({' and '.join(str(n) for n, _ in sorted(held))} of {count}): it can't be told which were held back"
+            f"({' and '.join(str(n) for n, _ in sorted(found))} of {count}): it can't be told which were held back"
         )
-    for images, seed in held:
-        return 1 - images / count, seed
-    return VALIDATION, SEED
+    if found:
+        return next(iter(found.values()))
+    exact = [record for record in records if "digest" in record]
+    if any(count - round(count * record["validation"]) == record["images"] for record in exact):
+        raise DataError(
+            f"{name}: {count} images, as many as {subject.name} was trained on, but not the same: "
+            "which were held back from it can't be told"
+        )
+    if exact:
+        print(
+            f"note: {subject.name} was trained on other images than {name}; should it have seen some of these, "
+            "what is judged by them is too good",
+            file=sys.stderr,
+        )
+    return hold_out(images, VALIDATION, SEED)

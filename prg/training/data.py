@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -37,6 +37,11 @@ class Images:
     def subset(self, index: np.ndarray) -> "Images":
         """The images at `index`, copied into memory."""
         return Images(self.pixels[index], None if self.labels is None else self.labels[index], self.classes)
+
+    def digests(self) -> dict[str, str]:
+        """What tells these images from any others, or from the same in another order: of pixels, and of labels."""
+        parts = {"pixels": self.pixels} | ({} if self.labels is None else {"labels": self.labels})
+        return {k: hashlib.sha256(np.ascontiguousarray(v).data).hexdigest()[:16] for k, v in parts.items()}
 
 
 def load_split(
@@ -67,6 +72,32 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Images, Images]:
     if held < 1 or held >= len(images):
         raise DataError(f"data.validation = {share} of {len(images)} images leaves a part empty")
     return images.subset(np.sort(order[held:])), images.subset(np.sort(order[:held]))
+
+
+def trained_on(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Which images a training was given, from its settings: what `as_dealt` needs to find them again."""
+    told = {
+        "images": settings["images"],
+        "validation": settings["data"]["validation"],
+        "seed": settings["seed"],
+    }
+    if "digests" in settings:  # a checkpoint from before they were taken has none
+        told["digest"] = settings["digests"]["pixels"]
+    return told
+
+
+def as_dealt(images: Images, record: Mapping[str, Any]) -> tuple[Images, Images] | None:
+    """What a training was given of these images, and what was held back from it; None where it was given others.
+
+    record: as of `trained_on`. Without a digest in it, as many images are taken for the same.
+    """
+    held = round(len(images) * record["validation"])
+    if held < 1 or len(images) - held != record["images"]:
+        return None
+    training, held_back = hold_out(images, record["validation"], record["seed"])
+    if record.get("digest") not in (None, training.digests()["pixels"]):
+        return None
+    return training, held_back
 
 
 def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images:
@@ -167,7 +198,8 @@ def _decode(
         if small:
             raise DataError(
                 f"{len(small)} of {source.count} images are smaller than the network's {spec.size} pixels; choose "
-                f"a recipe of their size, or enlarge them with --set data.enlarge=true:\n  {_shown(small)}"
+                "a recipe of their size, or have them enlarged, by --set data.enlarge=true where the model is "
+                f"trained:\n  {_shown(small)}"
             )
         if bad:
             print(f"left out {len(bad)} of {source.count} files:\n  {_shown(bad)}", file=sys.stderr)

@@ -18,6 +18,8 @@ from prg.unet import UNet
 
 PROBE_CLASSES = 10
 """The head's size hardly matters for the time; the data's own number of classes is not known beforehand."""
+PROBE_BATCH = 1024
+"""At most: more images a step are no faster, and may not fit."""
 
 
 def describe(recipe: Recipe, stage: str) -> str:
@@ -34,9 +36,9 @@ def describe(recipe: Recipe, stage: str) -> str:
         f"extraction: {recipe.encoder.nfe} evaluations, {whole / 1e9:.3f} GFLOP an image",
         f"device: {device_name(device)}",
     ]
-    rate = images_per_second(recipe, stage, device)
     config = recipe.pretrain if stage == "pretrain" else recipe.finetune
     count = training_count(recipe)
+    rate = images_per_second(recipe, stage, device, min(config.batch, count or PROBE_BATCH, PROBE_BATCH))
     if count is None:
         lines.append(f"{stage}: {rate:.0f} images/s; name the images with --data to know the hours")
     else:
@@ -72,13 +74,9 @@ def parts(recipe: Recipe, stage: str, device: torch.device) -> tuple[nn.Module, 
     return model, finetuning_batch(recipe, PROBE_CLASSES), finetuning_loss(recipe)
 
 
-def images_per_second(
-    recipe: Recipe, stage: str, device: torch.device, steps: int = 3, batch: int | None = None
-) -> float:
-    """Training speed of a stage in fp32, from a few steps on random images."""
+def images_per_second(recipe: Recipe, stage: str, device: torch.device, batch: int, steps: int = 3) -> float:
+    """Training speed of a stage in fp32, from a few steps of `batch` random images."""
     model, prepare, loss = parts(recipe, stage, device)
-    if batch is None:
-        batch = (recipe.pretrain if stage == "pretrain" else recipe.finetune).batch
     pixels, labels = random_images(recipe, batch, device)
     times = []
     for step in range(steps):

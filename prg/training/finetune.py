@@ -38,6 +38,7 @@ def finetune(run: Run, init: Path | None = None) -> None:
     run.check_trained_here(run.finetuned)
     images, held_back = run.training_images()
     job = finetuning_job(run, init or run.pretrained, images, held_back)
+    run.check_test_images()
     if processes.writes():
         print(described(images, held_back), file=sys.stderr)
     if run.recipe.finetune.freeze:
@@ -64,11 +65,12 @@ def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> J
     check_held_back(images, held_back)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
-    if not init.exists() and run.finetuned.is_file():  # what was begun from it goes on without it
+    if init == run.pretrained and not init.exists() and run.finetuned.is_file():  # begun from something else
         begun = read_facts(run.finetuned)
         origin: dict[str, Any] = {k: begun[k] for k in ("init", "pretraining") if k in begun}
     else:
         origin = load_initial(model.encoder.net, recipe, init)
+        run.check_held_back_before(origin["init"].get("training", {}).get("finetune", {}), init)
     if recipe.finetune.compile:
         compile_network(model.encoder.net)
     return Job(

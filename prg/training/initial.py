@@ -10,6 +10,7 @@ from torch import Tensor
 from entry.config import check_weights, read_entry, sha256
 from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
 from prg.recipe import Recipe, recipe_table
+from prg.training.data import trained_on
 from prg.unet import PRESETS, UNet, UNetConfig
 
 PRETRAINED_FOR = ("network", "image")
@@ -22,11 +23,12 @@ def load_initial(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
     """The weights of `init` into `net`; returns where they came from, for the record.
 
     init: a checkpoint of `prg pretrain` or `prg finetune` (its averaged weights), or the folder of an entry
-    (its highest version). Raises CheckpointError or EntryError where it is of another network than the
-    recipe's, of other image facts, or of another path.
+    (its highest version). Raises CheckpointError or EntryError where it is something else, of another network
+    than the recipe's, of other image facts, or of another path.
     """
     if (init / "config.pbtxt").is_file():
         return _from_entry(net, recipe, init)
+    _refuse_what_lies_beside(init)
     saved = load_checkpoint(init, ("pretrain", "finetune"))
     table, then = recipe_table(recipe), saved.facts["settings"]
     changed = differences({k: then[k] for k in PRETRAINED_FOR}, {k: table[k] for k in PRETRAINED_FOR})
@@ -41,11 +43,23 @@ def load_initial(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
     if saved.facts["kind"] == "finetune":
         load_strictly(net, saved.part(f"average.{NET}"), init)
         earlier = {k: saved.facts[k] for k in ("pretraining",) if k in saved.facts}
-        return earlier | {"init": {"kind": "finetune", "sha256": digest}}
+        training = {} if "imported" in then else {"finetune": trained_on(then)}
+        return earlier | {"init": {"kind": "finetune", "sha256": digest, "training": training}}
     load_strictly(net, saved.part("average"), init)
     told = ("step", "steps", "seconds", "precision", "device", "settings")
     facts = {k: saved.facts[k] for k in told} | {"sha256": digest}
     return {"pretraining": facts, "init": {"kind": "pretrain", "sha256": digest}}
+
+
+def _refuse_what_lies_beside(init: Path) -> None:
+    """Raise CheckpointError that names what was meant, where `init` is near it."""
+    inside = [init / stage / "checkpoint.safetensors" for stage in ("pretrain", "finetune", ".")]
+    checkpoints = [str(path) for path in inside if path.is_file()]
+    if checkpoints:
+        raise CheckpointError(f"{init}: a folder; name a checkpoint in it: {' or '.join(checkpoints)}")
+    for entry in (init.parent, init.parent.parent):
+        if (entry / "config.pbtxt").is_file():
+            raise CheckpointError(f"{init}: a part of an entry; name the entry's folder: {entry}")
 
 
 def _from_entry(net: UNet, recipe: Recipe, directory: Path) -> dict[str, Any]:

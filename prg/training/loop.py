@@ -24,6 +24,7 @@ from prg.checkpoint import (
     differences,
     load_checkpoint,
     load_strictly,
+    read_facts,
     save_checkpoint,
 )
 from prg.recipe import Optimisation, RecipeError, with_defaults
@@ -92,14 +93,26 @@ class Job:
 
 def refuse_other_settings(job: Job, saved: dict[str, Any]) -> None:
     """Raise CheckpointError where the job's checkpoint, of these facts, was begun with other settings or classes."""
-    differing = differences(with_defaults(saved["settings"]), with_defaults(job.settings))
-    before, now = ({k: facts[k] for k in ("classes",) if k in facts} for facts in (saved, job.facts))
-    differing += differences(before, now)
+    before, now = with_defaults(saved["settings"]), with_defaults(job.settings)
+    then, today = before.pop("digests", None), now.pop("digests", None)
+    differing = differences(before, now)
+    classes = [{k: facts[k] for k in ("classes",) if k in facts} for facts in (saved, job.facts)]
+    differing += differences(classes[0], classes[1])
+    if then is not None and then != today and before.get("images") == now.get("images"):
+        differing.append("the images or their labels are others, though as many")
     if differing:
         raise CheckpointError(
             f"{job.checkpoint}: begun with other settings ({'; '.join(differing)}); "
             "use those, or another folder for a new run"
         )
+
+
+def is_complete(path: Path) -> bool:
+    """Whether there is a checkpoint, and it is that of the training's last step."""
+    if not path.exists():
+        return False
+    facts = read_facts(path)
+    return bool(facts["step"] >= facts["steps"])
 
 
 def learning_rate(config: Optimisation, step: int, steps: int) -> float:

@@ -9,6 +9,7 @@ from prg.checkpoint import load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
 from prg.export import Export, Precision, export
+from prg.training.data import trained_on
 from prg.training.finetune import load_finetuned
 from prg.training.run import Run
 from prg.unet import UNet
@@ -62,12 +63,11 @@ def training_facts(about: str, facts: dict[str, Any]) -> dict[str, Any]:
             told[kind] = {"imported": settings["imported"]}
             continue
         told[kind] = {
-            "images": settings["images"],
+            **trained_on(settings),
             "epochs": settings[kind]["epochs"],
             "steps": stage["step"],
             "hours": round(stage["seconds"] / 3600, 3),
             "precision": stage["precision"],
-            "seed": settings["seed"],
         }
     return told
 

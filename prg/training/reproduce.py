@@ -16,7 +16,7 @@ from prg.training.dry_run import count_flops, flops, images_per_second, parts, r
 from prg.training.evaluate import BATCH, evaluate, record
 from prg.training.figures import can_plot
 from prg.training.finetune import finetune, finetuning_job
-from prg.training.loop import Job, device_name, refuse_other_settings, step_generator
+from prg.training.loop import Job, device_name, is_complete, refuse_other_settings, step_generator
 from prg.training.pretrain import pretrain, pretraining_job
 from prg.training.publish import publish
 from prg.training.run import Run, choose_device, choose_test
@@ -60,10 +60,10 @@ def reproduce(run: Run) -> Iterator[str]:
     )
     yield from _stage(
         "evaluate",
-        lambda: bool(measured(entry, name)),
+        lambda: bool(measured(entry, name, len(images))),
         lambda: processes.told(lambda: record(entry, evaluate(entry, images, name))),
     )
-    yield json.dumps(processes.told(lambda: measured(entry, name))[0])
+    yield json.dumps(processes.told(lambda: measured(entry, name, len(images)))[0])
 
 
 def _stage(name: str, was_done: Callable[[], bool], work: Callable[[], object]) -> Iterator[str]:
@@ -78,11 +78,9 @@ def finished(job: Job, last: str) -> bool:
 
     Raises CheckpointError where the checkpoint was begun with other settings.
     """
-    if not job.checkpoint.exists():
-        return False
-    facts = read_facts(job.checkpoint)
-    refuse_other_settings(job, facts)
-    return bool(facts["step"] >= facts["steps"]) and (job.folder / last).exists()
+    if job.checkpoint.exists():
+        refuse_other_settings(job, read_facts(job.checkpoint))
+    return is_complete(job.checkpoint) and (job.folder / last).exists()
 
 
 def is_exported(checkpoint: Path, directory: Path) -> bool:
@@ -93,10 +91,11 @@ def is_exported(checkpoint: Path, directory: Path) -> bool:
     return entry.prg.versions[entry.default_version].training.get("checkpoint") == sha256(checkpoint)
 
 
-def measured(directory: Path, data: str) -> list[dict[str, Any]]:
-    """What the entry's highest version says of its accuracy on `data`, if it does."""
+def measured(directory: Path, data: str, images: int) -> list[dict[str, Any]]:
+    """What the entry's highest version says of its accuracy on so many images of `data`, if it does."""
     entry = read_entry(directory)
-    return [a.model_dump() for a in entry.prg.versions[entry.default_version].accuracy if a.data == data]
+    told = entry.prg.versions[entry.default_version].accuracy
+    return [a.model_dump() for a in told if (a.data, a.images) == (data, images)]
 
 
 def plan(run: Run) -> str:

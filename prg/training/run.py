@@ -11,7 +11,14 @@ from entry.config import ImageSpec, write_atomically
 from prg.checkpoint import CheckpointError, differences, read_facts
 from prg.recipe import Recipe, RecipeError, load_recipe, recipe_table, with_defaults
 from prg.training import processes
-from prg.training.data import Images, check_classes_were_seen, hold_out, load_split
+from prg.training.data import (
+    Images,
+    as_dealt,
+    check_classes_were_seen,
+    hold_out,
+    load_split,
+    trained_on,
+)
 from prg.training.sources import DataError, Source, split_named, splits
 
 
@@ -39,17 +46,19 @@ class Run:
         )
 
     def settings(self, images: Images, *sections: str) -> dict[str, Any]:
-        """What a stage's result depends on: those sections of the recipe, and the images by their number.
+        """What a stage's result depends on: those sections of the recipe, and the images, by number and digest.
 
         Where the images lie is left out: a folder may move, and a path is nobody else's business. So is which
-        of them would have been refused.
+        of them would have been refused, and labels where they are not learned.
         """
         table = recipe_table(self.recipe)
         for key in ("source", "skip_unreadable", "enlarge"):
             del table["data"][key]
-        return {k: table[k] for k in ("seed", "network", "image", "data", *sections)} | {
-            "images": len(images)
-        }
+        digests = images.digests()
+        if "finetune" not in sections:
+            digests.pop("labels", None)
+        told = {k: table[k] for k in ("seed", "network", "image", "data", *sections)}
+        return told | {"images": len(images), "digests": digests}
 
     def remember(self) -> None:
         """Write the recipe into the folder: once a stage was found to be able to go on by it."""
@@ -100,19 +109,40 @@ class Run:
 
         Raises DataError where the images are others now: which of them were held back can't be told then.
         """
-        images, held_back = self.training_images()
         path = self.finetuned if self.finetuned.is_file() else self.pretrained
         settings: dict[str, Any] = read_facts(path)["settings"] if path.is_file() else {}
-        if "images" in settings:  # what was imported names none
-            data = self.recipe.data
-            then = settings["images"], settings["data"]["validation"], settings["seed"]
-            if then != (len(images), data.validation, self.recipe.seed):
-                raise DataError(
-                    f"{data.source}: {len(images) + len(held_back)} images of which {len(images)} are to train on, "
-                    f"but {path} was trained on {then[0]}: which were held back from it can't be told; "
-                    "name a split that it never saw with --split"
-                )
-        return images, held_back
+        if "images" not in settings:  # as of what was imported
+            return self.training_images()
+        images = self._load(self.sources()["train"])
+        dealt = as_dealt(images, trained_on(settings))
+        if dealt is None:
+            raise DataError(
+                f"{self.recipe.data.source}: {len(images):,} images, not those of which {path} was trained on "
+                f"{settings['images']:,}: which were held back from it can't be told; "
+                "name a split that it never saw with --split"
+            )
+        return dealt
+
+    def check_held_back_before(self, earlier: dict[str, Any], init: Path) -> None:
+        """Raise DataError where a fine-tuning before this one learned labels of what is held back from this one.
+
+        earlier: its record, as of `trained_on`; nothing is refused where it has no digest.
+        """
+        here = self.recipe.data.validation, self.recipe.seed
+        if "digest" not in earlier or (earlier["validation"], earlier["seed"]) == here:
+            return
+        if as_dealt(self._load(self.sources()["train"]), earlier):
+            raise DataError(
+                f"{init}: was fine-tuned on a share of these same images, and saw some of those held back now; "
+                f"hold back the same: --set data.validation={earlier['validation']} --set seed={earlier['seed']}"
+            )
+
+    def check_test_images(self) -> None:
+        """Decode the split to be judged by, if there is one: so what is wrong with it is said before any training."""
+        found = self.sources()
+        split = choose_test(found, self.recipe.data.test, self.recipe.data.source)
+        if split is not None:
+            self._load(found[split])
 
     def test_images(self, wanted: str | None = None) -> tuple[str, Images]:
         """(name, images) to be judged by: `wanted`, else the recipe's test split, else the images held back."""
@@ -126,15 +156,22 @@ class Run:
     def check_classes(self) -> None:
         """Raise DataError, before any work, where there are no labels, or a split has a class that training lacks."""
         data, found = self.recipe.data, self.sources()
+        choose_test(found, data.test, data.source)
         train = found.pop("train")
         if not train.classes:
             why = f": {train.why_unlabelled}" if train.why_unlabelled else ""
             raise DataError(
                 f"{data.source}: no labels; fine-tuning needs one sub-folder of images a class{why}"
             )
+        seen = train.labels()
+        if len(seen) < 2:
+            raise DataError(
+                f"{data.source}: all images to train on are of one class, {train.classes[min(seen)]!r}; "
+                "fine-tuning tells classes apart: name the folder whose sub-folders are the classes"
+            )
         others = {split_named(k) for k in (data.test, "test", "validation")}
         judged = {k: v for k, v in found.items() if split_named(k) in others}
-        check_classes_were_seen(train.classes, train.labels(), judged)
+        check_classes_were_seen(train.classes, seen, judged)
 
     def _load(self, source: Source) -> Images:
         data = self.recipe.data
@@ -153,10 +190,16 @@ def choose_split(found: dict[str, Source], wanted: str, source: str) -> str:
 
 
 def choose_test(found: dict[str, Source], wanted: str, source: str) -> str | None:
-    """The split to judge by: `wanted` if named, else test, else validation, else None. Raises DataError."""
+    """The split to judge by: `wanted` if named, else test, else validation, else None. Raises DataError.
+
+    One without labels, such as a competition's, is passed over where others have some.
+    """
     if wanted:
         return choose_split(found, wanted, source)
-    return next((name for one in ("test", "validation") for name in found if split_named(name) == one), None)
+    labelled = {name: split for name, split in found.items() if split.classes} or found
+    return next(
+        (name for one in ("test", "validation") for name in labelled if split_named(name) == one), None
+    )
 
 
 def open_run(folder: Path, recipe: Recipe | None) -> Run:

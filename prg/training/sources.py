@@ -48,9 +48,9 @@ def splits(source: str) -> dict[str, Source]:
     folder = Path(source)
     if folder.is_dir():
         refuse_linked_folders(folder)
-        parquet = sorted(folder.rglob("*.parquet"))
+        parquet = sorted(p for p in folder.rglob("*.parquet") if not _hidden(p.relative_to(folder)))
         try:
-            found = _parquet_splits(parquet) if parquet else _image_folder(folder)
+            found = _parquet_splits(parquet, folder) if parquet else _image_folder(folder)
         except pa.ArrowException as error:
             raise DataError(f"{source}: not readable as parquet ({error})") from None
     elif folder.is_absolute() or source.startswith((".", "~")) or source.endswith("/") or folder.exists():
@@ -146,11 +146,35 @@ def _marks(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _parquet_splits(files: list[Path]) -> dict[str, Source]:
-    """Parquet as Hugging Face `datasets` writes it: SPLIT-00000-of-00001.parquet, or SPLIT.parquet."""
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _parquet_splits(files: list[Path], folder: Path) -> dict[str, Source]:
+    """Parquet as Hugging Face `datasets` writes it: SPLIT-00000-of-00001.parquet, SPLIT.parquet, SPLIT/0000.parquet.
+
+    Raises DataError where a split lies in several folders, as several configurations of a dataset do, or in
+    images too.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and split_named(path.name) in SPLITS and (image := next(_images(path), None)):
+            raise DataError(
+                f"{folder}: images, such as {image.relative_to(folder)}, beside parquet, such as "
+                f"{files[0].relative_to(folder)}; put one of the two elsewhere"
+            )
     groups: dict[str, list[Path]] = {}
     for file in files:
-        groups.setdefault(file.name.split("-")[0].removesuffix(".parquet"), []).append(file)
+        name, parent = file.name.split("-")[0].removesuffix(".parquet"), file.parent
+        if split_named(name) not in SPLITS and split_named(parent.name) in SPLITS and parent != folder:
+            name = parent.name
+        groups.setdefault(name, []).append(file)
+    for name, parts in groups.items():
+        places = sorted({str(part.parent) for part in parts})
+        if len(places) > 1:
+            raise DataError(
+                f"{folder}: parquet of the split {name!r} lies in {' and in '.join(places)}; "
+                "name one of these, or the folder above it, with --data"
+            )
     return {name: _parquet(parts) for name, parts in groups.items()}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from workshop import image_folder
 
 from entry.config import read_entry
@@ -227,6 +228,19 @@ def test_a_network_trained_on_something_else_is_refused(
     (folder / "scheduler_config.json").write_text("[]")
     assert imports(folder, tmp_path / "run") == 1
     assert "a table of keys is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("logvar", "no place for: logvar"), (7, "not a table of tensors by name")]
+)
+def test_a_tensor_of_another_name(
+    name: str | int, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    safe = folder / "diffusion_pytorch_model.safetensors"
+    torch.save({**load_file(safe), name: torch.zeros(1)}, safe.with_suffix(".bin"))
+    safe.unlink()
+    assert imports(folder, tmp_path / "run") == 1
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

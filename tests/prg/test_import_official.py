@@ -149,6 +149,13 @@ def test_no_code_of_a_file_is_run(protocol: str, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
+def test_a_torchscript_module_is_named_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "model.pt"))
+    assert imports(tmp_path / "model.pt", tmp_path / "run", **SMALL) == 1
+    assert "model.pt: a TorchScript module, not a file of tensors" in (error := capsys.readouterr().err)
+    assert "weights_only" not in error
+
+
 @pytest.mark.parametrize(
     ("saved", "said"),
     [

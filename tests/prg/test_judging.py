@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from workshop import image_folder, overrides, trained_run
 
-from prg.checkpoint import read_facts
+from prg.checkpoint import load_checkpoint, read_facts, save_checkpoint
 from prg.cli import main
 from prg.studies.target import open_target
 from prg.training.sources import DataError
@@ -38,6 +38,132 @@ def test_images_that_were_added_are_not_judged_by_what_was_held_back(
         assert main(["evaluate", str(home / "run"), "--data", str(grown), *more]) == 1
         assert "can't be told" in capsys.readouterr().err
     assert main(["evaluate", str(home / "run"), "--data", str(grown), "--split", "train"]) == 0
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_as_many_images_but_others_are_not_gone_on_with(
+    stage: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A moved file deals all of them anew: what was held back would be trained on, or judged by."""
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    other = shutil.copytree(home / "photos", tmp_path / "photos")
+    (other / "train" / "red" / "3.png").rename(other / "train" / "red" / "z.png")
+    if stage == "pretrain":
+        shutil.rmtree(run / "finetune")
+    assert main([stage, str(run), "--data", str(other)]) == 1
+    assert "the images or their labels are others, though as many" in capsys.readouterr().err
+    for more in ([], ["--study", "levels", "--stage", stage, "--out", str(tmp_path / "out")]):
+        if more or stage == "finetune":
+            assert main(["evaluate", str(run), "--data", str(other), *more]) == 1
+            assert "36 images, not those of which" in capsys.readouterr().err
+    _, material = open_target(home / "entry", "finetune", tmp_path / "scratch", str(other))
+    with pytest.raises(DataError, match="36 images, as many as entry was trained on, but not the same"):
+        material.training()
+
+
+def test_a_run_from_before_images_were_digested_goes_on(home: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    for stage in ("finetune", "pretrain"):  # a fine-tuning names its pretraining's sum
+        path = run / stage / "checkpoint.safetensors"
+        saved = load_checkpoint(path, stage)
+        del saved.facts["settings"]["digests"]
+        save_checkpoint(path, saved)
+        assert main([stage, str(run)]) == 0
+    assert main(["evaluate", str(run)]) == 0
+
+
+def test_labels_count_where_they_are_learned(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    other = shutil.copytree(home / "photos", tmp_path / "photos")
+    (other / "train" / "blue" / "9.png").rename(other / "train" / "green" / "-.png")  # the same order
+    assert main(["pretrain", str(run), "--data", str(other)]) == 0
+    assert "done already: " in capsys.readouterr().out
+    assert main(["finetune", str(run), "--data", str(other)]) == 1
+    assert "the images or their labels are others" in capsys.readouterr().err
+
+
+def test_an_entry_on_images_that_it_never_saw(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = image_folder(tmp_path / "photos", each=10, splits=("train",))
+    _, material = open_target(home / "entry", "finetune", tmp_path / "scratch", str(photos))
+    assert [len(part) for part in material.training()] == [27, 3]
+    assert "note: entry was trained on other images than photos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("begin", ["checkpoint", "entry"])
+def test_a_second_fine_tuning_holds_back_what_the_first_did(
+    begin: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = home / "entry" if begin == "entry" else home / "run" / "finetune" / "checkpoint.safetensors"
+    again = ["finetune", str(tmp_path / "run"), "--init", str(init), "--freeze"]
+    for other in ("seed=1", "data.validation=0.3"):
+        assert main([*again, *command(home / "photos", other)]) == 1
+        assert "hold back the same: --set data.validation=0.2 --set seed=0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "recipe.json").exists()
+    assert main([*again, *command(home / "photos")]) == 0
+    fewer = image_folder(tmp_path / "photos", each=10, splits=("train",))
+    assert main([*again[:1], str(tmp_path / "other"), *again[2:], *command(fewer, "seed=1")]) == 0
+
+
+def test_what_to_begin_from_is_there_and_a_checkpoint(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, start = tmp_path / "run", home / "run" / "pretrain" / "checkpoint.safetensors"
+    begin = ["finetune", str(run), "--freeze", *command(home / "photos")]
+    for init, said in (
+        (home / "run", f"a folder; name a checkpoint in it: {start} or"),
+        (home / "run" / "pretrain", f"a folder; name a checkpoint in it: {start}"),
+        (home / "entry" / "1" / "model.pt", f"a part of an entry; name the entry's folder: {home / 'entry'}"),
+        (home / "entry" / "1", f"a part of an entry; name the entry's folder: {home / 'entry'}"),
+    ):
+        assert main([*begin, "--init", str(init)]) == 1
+        assert said in capsys.readouterr().err
+    assert main([*begin, "--init", str(start)]) == 0
+    assert main([*begin, "--init", str(tmp_path / "no.safetensors")]) == 1
+    assert "no.safetensors: no such checkpoint" in capsys.readouterr().err
+
+
+def test_one_class_is_none(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where --data names one class's folder instead of the folder above it."""
+    wrong = tmp_path / "photos"
+    shutil.copytree(home / "photos" / "train" / "red", wrong / "red")
+    init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]
+    for more in ([], ["--dry-run"]):
+        assert main(["finetune", str(tmp_path / "run"), *command(wrong), *init, *more]) == 1
+        assert "all images to train on are of one class, 'red'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("spoil", "said"), [("split", "no split 'extra'"), ("file", "1 of 13 files are no")])
+def test_a_fine_tuning_says_before_it_trains_what_it_could_not_be_judged_by(
+    spoil: str, said: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = shutil.copytree(home / "photos", tmp_path / "photos")
+    more = []
+    if spoil == "file":
+        image_folder(photos, each=4, splits=("test",))
+        (photos / "test" / "red" / "bad.png").write_bytes(b"no image")
+    else:
+        more = ["data.test=extra"]
+    init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]
+    assert main(["finetune", str(tmp_path / "run"), *command(photos, *more), *init]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert "images to train on" not in error
+    assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+def test_a_test_split_without_labels_is_none_to_be_judged_by(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a competition hands it out."""
+    photos = shutil.copytree(home / "photos", tmp_path / "photos")
+    (photos / "test").mkdir()
+    shutil.copy(photos / "train" / "red" / "0.png", photos / "test" / "0.png")
+    assert main(["evaluate", str(home / "run"), "--data", str(photos)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "photos/held-out"
 
 
 def test_a_fine_tuning_says_what_it_trains_on(

@@ -33,6 +33,12 @@ def test_all_stages_then_nothing_anew(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(line.endswith("done already") for line in stages)
     assert again == figures
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+    extra = tmp_path / "photos" / "test" / "red" / "0.png"
+    extra.with_name("z.png").write_bytes(extra.read_bytes())
+    assert main(command(tmp_path)) == 0
+    *stages, grown = capsys.readouterr().out.splitlines()
+    assert stages[2:] == ["export: done already", "evaluate: done"]
+    assert json.loads(grown)["images"] == json.loads(figures)["images"] + 1
     (run / "finetune" / "curves.png").unlink()  # as a kill after the last step would leave it
     assert main(command(tmp_path)) == 0
     stages = capsys.readouterr().out.splitlines()

@@ -28,7 +28,7 @@ def pictures(folder: Path, *paths: str) -> Path:
 
 def table(path: Path, **columns: Any) -> Path:
     """A parquet without Hugging Face's schema."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path.parent
 
@@ -170,6 +170,34 @@ def test_hidden_labels_of_named_classes_are_none(tmp_path: Path) -> None:
     assert named.classes == ("a", "b")
     assert named.labels is not None
     assert named.labels.tolist() == [1, 0]
+
+
+def test_parquet_in_folders_of_splits(tmp_path: Path) -> None:
+    """As the hub's own conversions lie: a folder a configuration, in it one a split."""
+    for split in ("train", "test"):
+        for part in ("0000.parquet", "0001.parquet"):
+            table(tmp_path / "d" / "plain" / split / part, image=[png()], label=["a"])
+    table(tmp_path / "d" / ".cache" / "old.parquet", image=[png()], label=["a"])
+    for folder in (tmp_path / "d", tmp_path / "d" / "plain"):
+        found = splits(str(folder))
+        assert {name: source.count for name, source in found.items()} == {"train": 2, "test": 2}
+
+
+def test_two_configurations_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("fine", "coarse"):
+        table(tmp_path / "d" / name / "train-00000-of-00001.parquet", image=[png()], label=[name])
+    with pytest.raises(DataError, match="split 'train' lies in .*coarse and in .*fine; name one of these"):
+        splits(str(tmp_path / "d"))
+    assert splits(str(tmp_path / "d" / "fine"))["train"].classes == ("fine",)
+
+
+def test_images_beside_parquet_are_asked_about(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", "train/a/1.png", "banner.png")
+    table(folder / "test.parquet", image=[png()], label=["a"])
+    with pytest.raises(
+        DataError, match="images, such as train/a/1.png, beside parquet, such as test.parquet"
+    ):
+        splits(str(folder))
 
 
 def test_images_as_plain_bytes(tmp_path: Path) -> None:
