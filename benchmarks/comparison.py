@@ -36,6 +36,7 @@ from prg.training.finetune import finetuning_batch
 from prg.training.loop import Batch, Job, train
 from prg.training.memory import keep_freed_memory
 from prg.training.processes import Interrupted
+from prg.training.progress import track
 from prg.training.run import Run, choose_device
 
 RECIPE, ENTRY = "cifar10-small", Path("model_repository/prg-cifar10-pretrained")
@@ -193,7 +194,9 @@ class Comparison:
         subject = Subject(self.entry)
         level = self.recipe.finetune.t_end[0]
         started = time.monotonic()
-        features = [subject.features(i, level, subject.own) for i in (self.training, self.test)]
+        work = (len(self.training) + len(self.test)) * subject.evaluations(level, subject.own)
+        with track("features", work, "evaluations") as bar:
+            features = [subject.features(i, level, subject.own, bar) for i in (self.training, self.test)]
         seconds = time.monotonic() - started
         everything = replace(self.training, pixels=np.arange(len(self.training)))
         assert self.test.labels is not None

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from entry.images import ImageError, load_image
 from prg.client import Client, EmbedOptions
 from prg.training.data import LIMITS
 from prg.training.progress import track
-from prg.training.sources import SUFFIXES, DataError, refuse_linked_folders
+from prg.training.sources import SUFFIXES, DataError, passed_over, refuse_linked_folders
 
 PART = 256
 """Images between two writes: what a kill can cost."""
@@ -141,7 +142,7 @@ class Remote:
         self._client.__exit__()
 
 
-def embed(sources: Iterable[str], out: Path, embedder: Embedder) -> int:
+def embed(sources: Sequence[str], out: Path, embedder: Embedder) -> int:
     """Write embeddings of all images of `sources` to `out` (.npy or .parquet); returns how many failed.
 
     A .npy has a .jsonl beside it with each row's path, and its error, and an .about.json that says which weights,
@@ -154,6 +155,9 @@ def embed(sources: Iterable[str], out: Path, embedder: Embedder) -> int:
     files = list(find_images(sources))
     if not files:
         raise DataError(f"no images in {', '.join(sources)} (files ending in {', '.join(SUFFIXES)})")
+    for folder in filter(Path.is_dir, map(Path, sources)):
+        if others := passed_over(folder):
+            print(f"note: {others}", file=sys.stderr)
     parts = _parts(out, files, embedder.identity)
     with track("embedding", len(files)) as bar:
         for start in range(0, len(files), PART):

@@ -218,6 +218,8 @@ def write_card(directory: Path, entry: Entry) -> None:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(_shown, value))
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 

@@ -76,7 +76,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from prg.training.data import load_split
     from prg.training.evaluate import evaluate, record
     from prg.training.publish import publish
-    from prg.training.run import choose_test, open_run
+    from prg.training.run import demand_test, open_run
     from prg.training.sources import splits
 
     _check_out(arguments)
@@ -102,9 +102,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 raise EntryError(f"{target}: say with --data which images to evaluate it on")
             data = source(arguments.data)
             found = splits(data)
-            split = choose_test(found, arguments.split or "", data)
-            if split is None:
-                raise EntryError(f"{data}: no split test or validation; name one with --split")
+            split = demand_test(found, arguments.split or "", data)
             name = f"{Path(data).name}/{split}"
             images = load_split(found[split], spec, Path(temporary), arguments.skip_unreadable)
         images = some(images, arguments.limit)

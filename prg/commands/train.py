@@ -79,8 +79,10 @@ def _train(arguments: argparse.Namespace, stage: str, work: "Callable[[Run], Non
 
     if arguments.dry_run:
         run = open_run(arguments.run, _recipe(arguments))
-        if stage == "finetune" and run.recipe.data.source:
-            run.check_classes()
+        if stage == "finetune":
+            from prg.training.finetune import check
+
+            check(run, arguments.init)
         print(describe(run.recipe, stage))
         return
     keep_freed_memory()
@@ -100,5 +102,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     if arguments.recipe is None and not changes:
         return None
     if arguments.recipe is None and not own.is_file():
-        raise RecipeError(f"{own}: no run here yet; begin one with --recipe")
+        raise RecipeError(
+            f"{own}: no run here yet; begin one by `prg pretrain` or `prg finetune` with --recipe"
+        )
     return load_recipe(arguments.recipe or str(own), changes)

@@ -10,7 +10,7 @@ from prg.studies.round_trip import round_trip
 from prg.studies.samples import samples
 from prg.studies.steps import steps
 from prg.studies.subject import Material, Subject
-from prg.training.publish import Stage
+from prg.training.run import Stage
 
 
 @dataclass(frozen=True)

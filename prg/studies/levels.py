@@ -8,6 +8,7 @@ from prg.studies.probes import NEIGHBOURS, linear_probe, nearest_neighbours, top
 from prg.studies.report import Cell, Report, draw_axes
 from prg.studies.subject import Material, Solve, Subject, some
 from prg.training.data import same_classes
+from prg.training.progress import track
 from prg.training.sources import DataError
 
 LEVELS = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
@@ -32,17 +33,22 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
     assert training.labels is not None
     assert held.labels is not None
     rows: list[tuple[Cell, ...]] = []
-    for level in LEVELS:
-        for steps in STEPS if level < subject.t_start else STEPS[:1]:
-            solve = Solve(subject.prg.solver, steps)
-            fitted = subject.features(training, level, solve)
-            judged = subject.features(held, level, solve)
+    cells = [
+        (level, Solve(subject.prg.solver, steps))
+        for level in LEVELS
+        for steps in (STEPS if level < subject.t_start else STEPS[:1])
+    ]
+    total = sum(subject.evaluations(*cell) for cell in cells) * (len(training) + len(held))
+    with track(f"{subject.name}: levels", total, "evaluations") as bar:
+        for level, solve in cells:
+            fitted = subject.features(training, level, solve, bar)
+            judged = subject.features(held, level, solve, bar)
             for name in ("state", "hidden"):
                 a: np.ndarray = getattr(fitted, name)
                 b: np.ndarray = getattr(judged, name)
                 probe = top1(linear_probe(a, training.labels, classes).logits(b), held.labels)
                 votes = top1(nearest_neighbours(a, training.labels, b, classes), held.labels)
-                rows.append((level, steps if level < subject.t_start else 0, name, probe, votes))
+                rows.append((level, solve.steps if level < subject.t_start else 0, name, probe, votes))
     return Report(
         title="Levels: what the features tell about the class",
         about="Accuracy of a linear probe (logistic regression by LBFGS, its penalty chosen on a part of its own "

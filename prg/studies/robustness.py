@@ -10,6 +10,7 @@ from prg.studies.report import Cell, Draw, Report, draw_axes
 from prg.studies.subject import Material, Subject, some
 from prg.training.data import Images, same_classes
 from prg.training.figures import save_grid
+from prg.training.progress import Bar, track
 from prg.training.sources import DataError
 
 COLUMNS = ("corruption", "group", *(f"severity {s}" for s in SEVERITIES), "mean")
@@ -26,17 +27,20 @@ def robustness(subject: Subject, material: Material, limit: int | None) -> Repor
     images = same_classes(some(images, limit), subject.prg.labels or (), material.source)
     assert images.labels is not None
 
-    def accuracy(pixels: np.ndarray) -> float:
-        logits = subject.features(Images(pixels, None, ()), level, subject.own).logits
+    def accuracy(pixels: np.ndarray, bar: Bar) -> float:
+        logits = subject.features(Images(pixels, None, ()), level, subject.own, bar).logits
         assert logits is not None
         assert images.labels is not None
         return top1(logits, images.labels)
 
-    clean = accuracy(images.pixels)
     rows: list[tuple[Cell, ...]] = []
-    for corruption, row in CORRUPTIONS.items():
-        found = [accuracy(corrupted(images.pixels, corruption, s)) for s in SEVERITIES]
-        rows.append((corruption, row.group, *found, float(np.mean(found))))
+    times = 1 + len(CORRUPTIONS) * len(SEVERITIES)
+    total = times * len(images) * subject.evaluations(level, subject.own)
+    with track(f"{subject.name}: robustness", total, "evaluations") as bar:
+        clean = accuracy(images.pixels, bar)
+        for corruption, row in CORRUPTIONS.items():
+            found = [accuracy(corrupted(images.pixels, corruption, s), bar) for s in SEVERITIES]
+            rows.append((corruption, row.group, *found, float(np.mean(found))))
     main = [r for r in rows if r[1] != "extra"]
     for title, chosen in ((f"all {len(main)} without extra", main), (f"all {len(rows)}", rows)):
         means = [float(np.mean([r[i] for r in chosen])) for i in range(2, len(COLUMNS))]

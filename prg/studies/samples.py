@@ -74,7 +74,11 @@ def generate(subject: Subject, count: int, solve: Solve, seed: int = 0) -> Image
 
 
 def _hidden(judge: Subject, images: Images) -> np.ndarray:
-    return judge.features(images, judge.prg.t_end, judge.own).hidden
+    level, solve = judge.prg.t_end, judge.own
+    with track(
+        f"features by {judge.name}", len(images) * judge.evaluations(level, solve), "evaluations"
+    ) as bar:
+        return judge.features(images, level, solve, bar).hidden
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

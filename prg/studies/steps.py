@@ -8,6 +8,7 @@ from prg.studies.report import Cell, Report, draw_axes
 from prg.studies.subject import Material, Solve, Subject, some
 from prg.training.calibration import calibration
 from prg.training.data import same_classes
+from prg.training.progress import track
 
 STEPS = (1, 2, 3, 4, 8, 16)
 MOST_EVALUATIONS = 16
@@ -21,14 +22,14 @@ def steps(subject: Subject, material: Material, limit: int | None) -> Report:
     held = same_classes(some(material.training()[1], limit), labels, material.source)
     assert held.labels is not None
     rows: list[tuple[Cell, ...]] = []
-    for solver in TABLEAUS:
-        for solve in (Solve(solver, n) for n in STEPS):
-            if solve.nfe > MOST_EVALUATIONS:
-                continue
-            logits = subject.features(held, level, solve).logits
+    solves = [s for solver in TABLEAUS for n in STEPS if (s := Solve(solver, n)).nfe <= MOST_EVALUATIONS]
+    total = sum(subject.evaluations(level, solve) for solve in solves) * len(held)
+    with track(f"{subject.name}: steps", total, "evaluations") as bar:
+        for solve in solves:
+            logits = subject.features(held, level, solve, bar).logits
             assert logits is not None
             nll = calibration(logits, held.labels).nll
-            rows.append((solver, solve.steps, solve.nfe + 1, top1(logits, held.labels), nll))
+            rows.append((solve.solver, solve.steps, solve.nfe + 1, top1(logits, held.labels), nll))
     own = subject.own
     return Report(
         title="Steps: accuracy against network evaluations",

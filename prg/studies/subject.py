@@ -16,7 +16,7 @@ from prg.paths import PATHS
 from prg.solver import TABLEAUS, integrate
 from prg.training.augmentation import normalise
 from prg.training.data import Images
-from prg.training.progress import track
+from prg.training.progress import Bar
 from prg.training.run import choose_device
 
 BATCH = 64
@@ -96,10 +96,15 @@ class Subject:
         with torch.inference_mode():
             return integrate(self._field, x, start, end, solve.steps, solve.solver, save_memory=False)
 
-    def features(self, images: Images, t_end: float, solve: Solve) -> Features:
-        """Both features (and logits) of all images, reversed to t_end by `solve`."""
+    def evaluations(self, t_end: float, solve: Solve) -> int:
+        """Of the network, for one image's features: those of the solve, and one for the activations."""
+        return 1 + (solve.nfe if t_end < self.t_start else 0)
+
+    def features(self, images: Images, t_end: float, solve: Solve, bar: Bar) -> Features:
+        """Both features (and logits) of all images, reversed to t_end by `solve`; `bar` is told the evaluations."""
         parts: list[tuple[np.ndarray, ...]] = []
-        with track(f"{self.name} at {t_end:g}, {solve}", len(images)) as bar, torch.inference_mode():
+        each = self.evaluations(t_end, solve)
+        with torch.inference_mode():
             for start in range(0, len(images), BATCH):
                 x = self.latents(images.pixels[start : start + BATCH])
                 z = self.flow(x, 1.0, t_end, solve)
@@ -111,7 +116,7 @@ class Subject:
                     inputs = {"state": [state], "hidden": [hidden], "both": [state, hidden]}
                     outputs.append(self._classifier.head(torch.cat(inputs[self._classifier.input], 1)))
                 parts.append(tuple(o.float().cpu().numpy() for o in outputs))
-                bar.advance(len(x))
+                bar.advance(len(x) * each, f"t_end {t_end:g}, {solve}")
         whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return Features(whole[0], whole[1], whole[2] if len(whole) > 2 else None)
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -72,32 +72,6 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Images, Images]:
     if held < 1 or held >= len(images):
         raise DataError(f"data.validation = {share} of {len(images)} images leaves a part empty")
     return images.subset(np.sort(order[held:])), images.subset(np.sort(order[:held]))
-
-
-def trained_on(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Which images a training was given, from its settings: what `as_dealt` needs to find them again."""
-    told = {
-        "images": settings["images"],
-        "validation": settings["data"]["validation"],
-        "seed": settings["seed"],
-    }
-    if "digests" in settings:  # a checkpoint from before they were taken has none
-        told["digest"] = settings["digests"]["pixels"]
-    return told
-
-
-def as_dealt(images: Images, record: Mapping[str, Any]) -> tuple[Images, Images] | None:
-    """What a training was given of these images, and what was held back from it; None where it was given others.
-
-    record: as of `trained_on`. Without a digest in it, as many images are taken for the same.
-    """
-    held = round(len(images) * record["validation"])
-    if held < 1 or len(images) - held != record["images"]:
-        return None
-    training, held_back = hold_out(images, record["validation"], record["seed"])
-    if record.get("digest") not in (None, training.digests()["pixels"]):
-        return None
-    return training, held_back
 
 
 def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images:
@@ -165,6 +139,8 @@ def _decode(
             return error, row[0], row[2]
         return pixels, row[0], row[2]
 
+    if others := source.passed_over():
+        print(f"note: {others}", file=sys.stderr)
     temporary = pixels_path.with_name(pixels_path.name + ".tmp")
     labels: list[int] = []
     bad: list[str] = []

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prg.encoder import Encoder
 from prg.recipe import Recipe, recipe_table
 from prg.training.finetune import build_classifier, finetuning_batch, finetuning_loss
-from prg.training.loop import Loss, Prepare, device_name, step_generator
+from prg.training.loop import Loss, Prepare, device_name, step_generator, steps_of
 from prg.training.pretrain import pretraining_batch, pretraining_loss
 from prg.training.run import choose_device
 from prg.unet import UNet
@@ -20,6 +20,7 @@ PROBE_CLASSES = 10
 """The head's size hardly matters for the time; the data's own number of classes is not known beforehand."""
 PROBE_BATCH = 1024
 """At most: more images a step are no faster, and may not fit."""
+EXTRACTION_BATCH = 64
 
 
 def describe(recipe: Recipe, stage: str) -> str:
@@ -38,15 +39,27 @@ def describe(recipe: Recipe, stage: str) -> str:
     ]
     config = recipe.pretrain if stage == "pretrain" else recipe.finetune
     count = training_count(recipe)
-    rate = images_per_second(recipe, stage, device, min(config.batch, count or PROBE_BATCH, PROBE_BATCH))
+    if stage == "finetune" and recipe.finetune.freeze:
+        rate, each = extractions_per_second(recipe, device), views(recipe)
+        seen = (count or 0) * each
+        what = f"features of {count or 0:,} images, {each} views of each,"
+        then = "; then a head is fitted to them, in seconds or minutes"
+    else:
+        batch = min(config.batch, count or PROBE_BATCH)
+        rate, then = images_per_second(recipe, stage, device, min(batch, PROBE_BATCH)), ""
+        steps = steps_of(config, count or 0)
+        seen = steps * batch
+        what = f"{steps:,} steps of {batch:,} images ({config.epochs:g} epochs of {count or 0:,})"
     if count is None:
         lines.append(f"{stage}: {rate:.0f} images/s; name the images with --data to know the hours")
     else:
-        hours = count * config.epochs / rate / 3600
-        lines.append(
-            f"{stage}: {count:,} images x {config.epochs:g} epochs at {rate:.0f} images/s: {hours:.2f} hours"
-        )
+        lines.append(f"{stage}: {what} at {rate:.0f} images/s: {seen / rate / 3600:.2f} hours{then}")
     return "\n".join(lines)
+
+
+def views(recipe: Recipe) -> int:
+    """How often a frozen encoder sees each image: at each level, and mirrored."""
+    return len(recipe.finetune.t_end) * (2 if "flip" in recipe.finetune.augment else 1)
 
 
 def flops(recipe: Recipe) -> tuple[int, int]:
@@ -86,6 +99,23 @@ def images_per_second(recipe: Recipe, stage: str, device: torch.device, batch: i
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return batch / min(times[1:])
+
+
+def extractions_per_second(recipe: Recipe, device: torch.device) -> float:
+    """Images a second through the frozen encoder in fp32, from a few batches of random images."""
+    with device:
+        encoder = Encoder(UNet(recipe.unet), recipe.encoder).eval()
+    side = recipe.image.size
+    x = torch.randn(EXTRACTION_BATCH, 3, side, side, device=device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad():
+            encoder(x, x.new_full((len(x),), recipe.finetune.t_end[0]))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return len(x) / min(times[1:])
 
 
 def random_images(recipe: Recipe, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

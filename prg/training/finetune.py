@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prg.checkpoint import load_checkpoint, load_strictly, read_facts
+from prg.checkpoint import CheckpointError, load_checkpoint, load_strictly, read_facts
 from prg.classifier import Classifier
 from prg.encoder import Encoder
 from prg.paths import PATHS, flow_matching_loss
@@ -49,6 +49,14 @@ def finetune(run: Run, init: Path | None = None) -> None:
         figures.loss_curve(job.folder)
 
 
+def check(run: Run, init: Path | None) -> None:
+    """Raise what would stand against the fine-tuning, as far as it is known without decoding an image."""
+    if run.recipe.data.source:
+        run.check_classes()
+    if init or run.pretrained.exists():
+        load_initial(UNet(run.recipe.unet), run.recipe, init or run.pretrained)
+
+
 def described(images: Images, held_back: Images) -> str:
     """What is trained on, for a person to see before hours are spent."""
     names = [*images.classes[:SHOWN], *(["…"] if len(images.classes) > SHOWN else [])]
@@ -65,12 +73,16 @@ def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> J
     check_held_back(images, held_back)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, len(images.classes))
-    if init == run.pretrained and not init.exists() and run.finetuned.is_file():  # begun from something else
+    if not init.exists() and run.finetuned.is_file():
+        if init != run.pretrained:
+            raise CheckpointError(
+                f"{init}: no such checkpoint; what was begun from it goes on without --init"
+            )
         begun = read_facts(run.finetuned)
         origin: dict[str, Any] = {k: begun[k] for k in ("init", "pretraining") if k in begun}
     else:
         origin = load_initial(model.encoder.net, recipe, init)
-        run.check_held_back_before(origin["init"].get("training", {}).get("finetune", {}), init)
+        run.check_held_back_before(origin["init"]["seen"], init)
     if recipe.finetune.compile:
         compile_network(model.encoder.net)
     return Job(

@@ -71,6 +71,7 @@ def fit_head(job: Job, recipe: Recipe, held_back: Images) -> None:
         shown = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in fits[-1].figures.items())
         print(f"penalty {penalty:g}: {shown}", file=sys.stderr)
     best = min(fits, key=lambda f: f.figures["validation_loss"])
+    print(f"chosen: penalty {best.penalty:g}, of the least loss on the images held back", file=sys.stderr)
     model.head.load_state_dict(best.weights)
     rows = [{"step": i, "penalty": f.penalty, **f.figures} for i, f in enumerate(fits, 1)]
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -126,7 +127,7 @@ def compute(
     device: torch.device,
 ) -> np.ndarray:
     """Features float32 [V, N, D]: of each level, and of each level's mirror images."""
-    views = [(level, mirror) for level in levels for mirror in ((False, True) if mirrored else (False,))]
+    views = [(level, mirror) for level in levels for mirror in (False, True)[: 1 + mirrored]]
     parts: list[list[np.ndarray]] = [[] for _ in views]
     with track("features", len(images) * len(views)) as bar:
         for start in range(0, len(images), FEATURE_BATCH):

@@ -10,7 +10,7 @@ from torch import Tensor
 from entry.config import check_weights, read_entry, sha256
 from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
 from prg.recipe import Recipe, recipe_table
-from prg.training.data import trained_on
+from prg.training.held_back import behind, told_by_entry
 from prg.unet import PRESETS, UNet, UNetConfig
 
 PRETRAINED_FOR = ("network", "image")
@@ -40,15 +40,15 @@ def load_initial(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
         done = f"step {saved.facts['step']} of {saved.facts['steps']}"
         print(f"note: {init} is unfinished, {done}", file=sys.stderr)
     digest = sha256(init)
+    begun = {"kind": saved.facts["kind"], "sha256": digest, "seen": behind(saved.facts)}
     if saved.facts["kind"] == "finetune":
         load_strictly(net, saved.part(f"average.{NET}"), init)
         earlier = {k: saved.facts[k] for k in ("pretraining",) if k in saved.facts}
-        training = {} if "imported" in then else {"finetune": trained_on(then)}
-        return earlier | {"init": {"kind": "finetune", "sha256": digest, "training": training}}
+        return earlier | {"init": begun}
     load_strictly(net, saved.part("average"), init)
     told = ("step", "steps", "seconds", "precision", "device", "settings")
     facts = {k: saved.facts[k] for k in told} | {"sha256": digest}
-    return {"pretraining": facts, "init": {"kind": "pretrain", "sha256": digest}}
+    return {"pretraining": facts, "init": begun}
 
 
 def _refuse_what_lies_beside(init: Path) -> None:
@@ -57,6 +57,9 @@ def _refuse_what_lies_beside(init: Path) -> None:
     checkpoints = [str(path) for path in inside if path.is_file()]
     if checkpoints:
         raise CheckpointError(f"{init}: a folder; name a checkpoint in it: {' or '.join(checkpoints)}")
+    entries = [str(path.parent) for path in sorted(init.glob("*/config.pbtxt"))]
+    if entries:
+        raise CheckpointError(f"{init}: a folder of entries; name one: {' or '.join(entries)}")
     for entry in (init.parent, init.parent.parent):
         if (entry / "config.pbtxt").is_file():
             raise CheckpointError(f"{init}: a part of an entry; name the entry's folder: {entry}")
@@ -95,7 +98,8 @@ def _from_entry(net: UNet, recipe: Recipe, directory: Path) -> dict[str, Any]:
             f"{directory}: its network is {fitting[0]}, the recipe's is another: --set network={fitting[0]}"
         ) from None
     origin = {"kind": "entry", "entry": entry.name, "version": version, "sha256": sha256(path)}
-    return {"init": origin | {"training": entry.prg.versions[version].training}}
+    training = entry.prg.versions[version].training
+    return {"init": origin | {"training": training, "seen": told_by_entry(training)}}
 
 
 def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:

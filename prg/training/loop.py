@@ -88,7 +88,12 @@ class Job:
 
     @property
     def steps(self) -> int:
-        return max(1, round(self.config.epochs * self.steps_per_epoch))
+        return steps_of(self.config, len(self.images))
+
+
+def steps_of(config: Optimisation, count: int) -> int:
+    """Steps of a training on so many images; an epoch leaves out the rest that makes no whole batch."""
+    return max(1, round(config.epochs * max(1, count // config.batch)))
 
 
 def refuse_other_settings(job: Job, saved: dict[str, Any]) -> None:
@@ -148,6 +153,8 @@ class Trainer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.settings = job.settings
+        """Those that the run was begun with."""
         self.model = job.model.to(job.device)
         self.optimisers = optimisers(self.model, job.config)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -172,6 +179,7 @@ class Trainer:
             return False
         saved = load_checkpoint(path, self.job.kind, self.job.device)
         refuse_other_settings(self.job, saved.facts)
+        self.settings = saved.facts["settings"]
         load_strictly(self.model, saved.part("model"), path)
         self.average = saved.part("average")
         self.step, self.seconds = saved.facts["step"], saved.facts["seconds"]
@@ -203,7 +211,7 @@ class Trainer:
                     tensors[f"optimiser.{moment}.{name}"] = optimiser.state[p][moment]
         facts = {
             "kind": self.job.kind,
-            "settings": self.job.settings,
+            "settings": self.settings,
             "step": self.step,
             "steps": self.job.steps,
             "precision": self.precision,

@@ -2,19 +2,17 @@
 
 import subprocess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from entry.config import sha256
 from prg.checkpoint import load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
 from prg.export import Export, Precision, export
-from prg.training.data import trained_on
 from prg.training.finetune import load_finetuned
-from prg.training.run import Run
+from prg.training.held_back import behind
+from prg.training.run import Run, Stage
 from prg.unet import UNet
-
-Stage = Literal["pretrain", "finetune"]
 
 
 def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compact: bool) -> str:
@@ -63,13 +61,19 @@ def training_facts(about: str, facts: dict[str, Any]) -> dict[str, Any]:
             told[kind] = {"imported": settings["imported"]}
             continue
         told[kind] = {
-            **trained_on(settings),
-            "epochs": settings[kind]["epochs"],
-            "steps": stage["step"],
+            "images": settings["images"],
+            **_how_far(kind, stage),
             "hours": round(stage["seconds"] / 3600, 3),
             "precision": stage["precision"],
         }
-    return told
+    return told | {"seen": behind(facts)}
+
+
+def _how_far(kind: str, stage: dict[str, Any]) -> dict[str, Any]:
+    settings = stage["settings"][kind]
+    if settings.get("freeze"):
+        return {"encoder": "frozen", "head": settings["head"], "penalty": stage["penalty"]}
+    return {"epochs": settings["epochs"], "steps": stage["step"]}
 
 
 def commit() -> str | None:

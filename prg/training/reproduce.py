@@ -8,18 +8,27 @@ from typing import Any
 
 import torch
 
-from entry.config import read_entry, sha256
+from entry.config import read_entry, sha256, write_atomically
 from prg.checkpoint import read_facts
 from prg.recipe import Optimisation, Recipe, recipe_table
 from prg.training import processes
-from prg.training.dry_run import count_flops, flops, images_per_second, parts, random_images, training_count
+from prg.training.data import Images
+from prg.training.dry_run import (
+    count_flops,
+    flops,
+    images_per_second,
+    parts,
+    random_images,
+    training_count,
+    views,
+)
 from prg.training.evaluate import BATCH, evaluate, record
 from prg.training.figures import can_plot
 from prg.training.finetune import finetune, finetuning_job
-from prg.training.loop import Job, device_name, is_complete, refuse_other_settings, step_generator
+from prg.training.loop import Job, device_name, is_complete, refuse_other_settings, step_generator, steps_of
 from prg.training.pretrain import pretrain, pretraining_job
 from prg.training.publish import publish
-from prg.training.run import Run, choose_device, choose_test
+from prg.training.run import Run, choose_device
 
 GPU_FLOPS = 50e12
 """Sustained FLOP/s assumed of a data-centre GPU: a third of the 156 TFLOP/s that NVIDIA names for an A100 in TF32,
@@ -58,12 +67,13 @@ def reproduce(run: Run) -> Iterator[str]:
         lambda: is_exported(run.finetuned, entry),
         lambda: processes.told(lambda: publish(run, "finetune", entry, "fp32", compact=False)),
     )
+    judged = run.folder / "evaluation.json"
     yield from _stage(
         "evaluate",
-        lambda: bool(measured(entry, name, len(images))),
-        lambda: processes.told(lambda: record(entry, evaluate(entry, images, name))),
+        lambda: bool(measured(judged, entry, name, images)),
+        lambda: processes.told(lambda: measure(judged, entry, name, images)),
     )
-    yield json.dumps(processes.told(lambda: measured(entry, name, len(images)))[0])
+    yield json.dumps(processes.told(lambda: measured(judged, entry, name, images)))
 
 
 def _stage(name: str, was_done: Callable[[], bool], work: Callable[[], object]) -> Iterator[str]:
@@ -91,11 +101,29 @@ def is_exported(checkpoint: Path, directory: Path) -> bool:
     return entry.prg.versions[entry.default_version].training.get("checkpoint") == sha256(checkpoint)
 
 
-def measured(directory: Path, data: str, images: int) -> list[dict[str, Any]]:
-    """What the entry's highest version says of its accuracy on so many images of `data`, if it does."""
+def measure(path: Path, directory: Path, name: str, images: Images) -> None:
+    """Evaluate the entry on images of that name; into the entry, and into `path` with what it was measured of."""
+    evaluation = evaluate(directory, images, name)
+    record(directory, evaluation)
+    told = {"accuracy": evaluation.accuracy.model_dump(), "of": _identity(directory, images)}
+    write_atomically(path, (json.dumps(told, indent=2) + "\n").encode())
+
+
+def measured(path: Path, directory: Path, name: str, images: Images) -> dict[str, Any]:
+    """What `measure` found, if it was of these very weights and images, and the entry says so; else nothing."""
+    if not path.exists():
+        return {}
+    told: dict[str, Any] = json.loads(path.read_text())
     entry = read_entry(directory)
-    told = entry.prg.versions[entry.default_version].accuracy
-    return [a.model_dump() for a in told if (a.data, a.images) == (data, images)]
+    accuracies = [a.model_dump() for a in entry.prg.versions[entry.default_version].accuracy]
+    accuracy: dict[str, Any] = told["accuracy"]
+    same = told["of"] == _identity(directory, images) and accuracy["data"] == name
+    return accuracy if same and accuracy in accuracies else {}
+
+
+def _identity(directory: Path, images: Images) -> dict[str, Any]:
+    entry = read_entry(directory)
+    return {"weights": entry.prg.versions[entry.default_version].sha256, "images": images.digests()}
 
 
 def plan(run: Run) -> str:
@@ -133,10 +161,10 @@ def costs(run: Run) -> list[Stage]:
     """Pretraining, fine-tuning and evaluation, from their beginning. Raises DataError where no images are named."""
     recipe = run.recipe
     run.check_classes()
-    found = run.sources()
+    train, others = run.sources()
     count = training_count(recipe) or 0
-    split = choose_test(found, recipe.data.test, recipe.data.source)
-    test = found[split].count if split else found["train"].count - count
+    split = run.test_split(others)
+    test = others[split].count if split else train.count - count
     _, extraction = flops(recipe)
     stages = [
         _training("pretrain", recipe.pretrain, count, stage_flops(recipe, "pretrain"), run.pretrained),
@@ -144,13 +172,12 @@ def costs(run: Run) -> list[Stage]:
         Stage("evaluate", -(-test // BATCH), test * extraction),
     ]
     if recipe.finetune.freeze:  # features once; fitting the head is nothing beside them
-        views = len(recipe.finetune.t_end) * (2 if "flip" in recipe.finetune.augment else 1)
-        stages[1] = Stage("finetune", 1, count * views * extraction, stages[1].done)
+        stages[1] = Stage("finetune", 1, count * views(recipe) * extraction, stages[1].done)
     return stages
 
 
 def _training(name: str, config: Optimisation, count: int, each: float, checkpoint: Path) -> Stage:
-    steps = max(1, round(config.epochs * max(1, count // config.batch)))
+    steps = steps_of(config, count)
     done = read_facts(checkpoint)["step"] if checkpoint.exists() else 0
     return Stage(name, steps, steps * min(config.batch, count) * each, done)
 

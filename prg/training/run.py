@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,15 +11,11 @@ from entry.config import ImageSpec, write_atomically
 from prg.checkpoint import CheckpointError, differences, read_facts
 from prg.recipe import Recipe, RecipeError, load_recipe, recipe_table, with_defaults
 from prg.training import processes
-from prg.training.data import (
-    Images,
-    as_dealt,
-    check_classes_were_seen,
-    hold_out,
-    load_split,
-    trained_on,
-)
+from prg.training.data import Images, check_classes_were_seen, hold_out, load_split
+from prg.training.held_back import Record, as_dealt, behind, never_seen, note
 from prg.training.sources import DataError, Source, split_named, splits
+
+Stage = Literal["pretrain", "finetune"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,8 @@ class Run:
                 f"fine-tune in a new run: prg finetune NEW --recipe … --init {self.pretrained}"
             )
 
-    def sources(self) -> dict[str, Source]:
-        """The splits of the run's images, undecoded, under the class names that the recipe gives."""
+    def sources(self) -> tuple[Source, dict[str, Source]]:
+        """What is trained on, and all the other splits by name, undecoded, under the recipe's class names."""
         data = self.recipe.data
         if not data.source:
             raise DataError("the recipe names no images: say where they are with --data")
@@ -97,67 +93,84 @@ class Run:
             )
         names = dict(zip(own, data.labels or own, strict=True))
         renamed = {k: replace(v, classes=tuple(names.get(c, c) for c in v.classes)) for k, v in found.items()}
-        return {"train": renamed.pop(train)} | renamed
+        return renamed.pop(train), renamed
 
     def training_images(self) -> tuple[Images, Images]:
         """(training, validation), the same whenever the recipe is."""
-        images = self._load(self.sources()["train"])
+        images = self._load(self.sources()[0])
         return hold_out(images, self.recipe.data.validation, self.recipe.seed)
 
-    def judged_images(self) -> tuple[Images, Images]:
-        """(training, validation), as they were when the run's model was trained.
+    def judged_images(self, stage: Stage) -> tuple[Images, Images]:
+        """(training, validation), as they were when the run's model of that stage was trained.
 
         Raises DataError where the images are others now: which of them were held back can't be told then.
         """
-        path = self.finetuned if self.finetuned.is_file() else self.pretrained
-        settings: dict[str, Any] = read_facts(path)["settings"] if path.is_file() else {}
-        if "images" not in settings:  # as of what was imported
+        path = self.finetuned if stage == "finetune" and self.finetuned.is_file() else self.pretrained
+        records = behind(read_facts(path)) if path.is_file() else []
+        if not records:
             return self.training_images()
-        images = self._load(self.sources()["train"])
-        dealt = as_dealt(images, trained_on(settings))
-        if dealt is None:
-            raise DataError(
-                f"{self.recipe.data.source}: {len(images):,} images, not those of which {path} was trained on "
-                f"{settings['images']:,}: which were held back from it can't be told; "
-                "name a split that it never saw with --split"
-            )
-        return dealt
+        source = self.recipe.data.source
+        images = self._load(self.sources()[0])
+        if as_dealt(images, records[-1]):
+            dealt = never_seen(images, records, str(path), source)
+            assert dealt is not None
+            return dealt
+        raise DataError(
+            f"{source}: {len(images):,} images, not those of which {path} was trained on "
+            f"{records[-1]['images']:,}: which were held back from it can't be told; name those again with --data, "
+            f"or, if it has seen none of these, judge by all of them with --split {self.recipe.data.train}"
+        )
 
-    def check_held_back_before(self, earlier: dict[str, Any], init: Path) -> None:
+    def check_held_back_before(self, records: list[Record], init: Path) -> None:
         """Raise DataError where a fine-tuning before this one learned labels of what is held back from this one.
 
-        earlier: its record, as of `trained_on`; nothing is refused where it has no digest.
+        records: of the trainings behind `init`; nothing is refused by those without a digest.
         """
-        here = self.recipe.data.validation, self.recipe.seed
-        if "digest" not in earlier or (earlier["validation"], earlier["seed"]) == here:
-            return
-        if as_dealt(self._load(self.sources()["train"]), earlier):
-            raise DataError(
-                f"{init}: was fine-tuned on a share of these same images, and saw some of those held back now; "
-                f"hold back the same: --set data.validation={earlier['validation']} --set seed={earlier['seed']}"
-            )
+        images = self._load(self.sources()[0])
+        share, seed = self.recipe.data.validation, self.recipe.seed
+        earlier = [r for r in records if r["kind"] == "finetune" and "digest" in r]
+        for record in earlier:
+            if as_dealt(images, record) is None:
+                note(
+                    f"{init} was fine-tuned on other images than these; should it have seen some of those held back "
+                    "now, what is chosen by them is chosen less well"
+                )
+            elif record["seed"] != seed or record["validation"] < share:
+                raise DataError(
+                    f"{init}: was fine-tuned on a share of these same images, and saw some of those held back now; "
+                    f"hold back the same: --set data.validation={record['validation']} --set seed={record['seed']}"
+                )
+
+    def test_split(self, others: dict[str, Source], wanted: str | None = None) -> str | None:
+        """The name of the one to be judged by, None where it is the images held back. Raises DataError."""
+        data = self.recipe.data
+        return choose_test(others, wanted or data.test, data.source, data.train)
 
     def check_test_images(self) -> None:
         """Decode the split to be judged by, if there is one: so what is wrong with it is said before any training."""
-        found = self.sources()
-        split = choose_test(found, self.recipe.data.test, self.recipe.data.source)
+        _, others = self.sources()
+        split = self.test_split(others)
         if split is not None:
-            self._load(found[split])
+            self._load(others[split])
 
-    def test_images(self, wanted: str | None = None) -> tuple[str, Images]:
-        """(name, images) to be judged by: `wanted`, else the recipe's test split, else the images held back."""
-        data, found = self.recipe.data, self.sources()
-        split = choose_test(found, wanted or data.test, data.source)
+    def test_images(self, wanted: str | None = None, stage: Stage = "finetune") -> tuple[str, Images]:
+        """(name, images) to be judged by: `wanted`, else the recipe's test split, else the images held back.
+
+        Named, it may be the training split too, as where --data names other images than those trained on.
+        """
+        data, (train, others) = self.recipe.data, self.sources()
         name = Path(data.source).name
+        if wanted and split_named(wanted) == split_named(data.train):
+            return f"{name}/{wanted}", self._load(train)
+        split = self.test_split(others, wanted)
         if split is None:
-            return f"{name}/held-out", self.judged_images()[1]
-        return f"{name}/{split}", self._load(found[split])
+            return f"{name}/held-out", self.judged_images(stage)[1]
+        return f"{name}/{split}", self._load(others[split])
 
     def check_classes(self) -> None:
-        """Raise DataError, before any work, where there are no labels, or a split has a class that training lacks."""
-        data, found = self.recipe.data, self.sources()
-        choose_test(found, data.test, data.source)
-        train = found.pop("train")
+        """Raise DataError, before any work, where labels lack, or a split has a class that training lacks."""
+        data, (train, found) = self.recipe.data, self.sources()
+        test = self.test_split(found)
         if not train.classes:
             why = f": {train.why_unlabelled}" if train.why_unlabelled else ""
             raise DataError(
@@ -168,6 +181,11 @@ class Run:
             raise DataError(
                 f"{data.source}: all images to train on are of one class, {train.classes[min(seen)]!r}; "
                 "fine-tuning tells classes apart: name the folder whose sub-folders are the classes"
+            )
+        if data.test and test and not found[test].classes:
+            raise DataError(
+                f"{data.source}: data.test = {data.test!r} has no labels, so nothing can be judged by it; "
+                "name another split, or none"
             )
         others = {split_named(k) for k in (data.test, "test", "validation")}
         judged = {k: v for k, v in found.items() if split_named(k) in others}
@@ -181,25 +199,40 @@ class Run:
             )
 
 
-def choose_split(found: dict[str, Source], wanted: str, source: str) -> str:
-    """The split of that name, or of another name for it. Raises DataError where there is none."""
+def choose_split(found: dict[str, Source], wanted: str, source: str, *more: str) -> str:
+    """The split of that name, or of another name for it; `more` are names of others, to be told.
+
+    Raises DataError where there is none.
+    """
     same = [name for name in found if split_named(name) == split_named(wanted)]
     if not same:
-        raise DataError(f"{source}: no split {wanted!r} (there are: {', '.join(found)}); name one of them")
+        there = ", ".join([*more, *found])
+        raise DataError(f"{source}: no split {wanted!r} (there are: {there}); name one of them")
     return wanted if wanted in found else same[0]
 
 
-def choose_test(found: dict[str, Source], wanted: str, source: str) -> str | None:
+def choose_test(found: dict[str, Source], wanted: str, source: str, *more: str) -> str | None:
     """The split to judge by: `wanted` if named, else test, else validation, else None. Raises DataError.
 
-    One without labels, such as a competition's, is passed over where others have some.
+    One without labels, such as a competition's, is passed over unless it is named.
     """
     if wanted:
-        return choose_split(found, wanted, source)
-    labelled = {name: split for name, split in found.items() if split.classes} or found
+        return choose_split(found, wanted, source, *more)
+    labelled = {name: split for name, split in found.items() if split.classes}
     return next(
         (name for one in ("test", "validation") for name in labelled if split_named(name) == one), None
     )
+
+
+def demand_test(found: dict[str, Source], wanted: str, source: str) -> str:
+    """The same, where there has to be one. Raises DataError that says what there is."""
+    chosen = choose_test(found, wanted, source)
+    if chosen is None:
+        there = ", ".join(f"{name}{'' if split.classes else ' (no labels)'}" for name, split in found.items())
+        raise DataError(
+            f"{source}: no split test or validation to judge by (there are: {there}); name one with --split"
+        )
+    return chosen
 
 
 def open_run(folder: Path, recipe: Recipe | None) -> Run:
@@ -207,7 +240,9 @@ def open_run(folder: Path, recipe: Recipe | None) -> Run:
     path = folder / "recipe.json"
     if recipe is None:
         if not path.is_file():
-            raise RecipeError(f"{path}: no run here yet; begin one with --recipe")
+            raise RecipeError(
+                f"{path}: no run here yet; begin one by `prg pretrain` or `prg finetune` with --recipe"
+            )
         return Run(folder, load_recipe(str(path)))
     return Run(folder, recipe)
 

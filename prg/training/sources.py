@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Source:
     """The labels that occur; no image is read for it."""
     why_unlabelled: str = ""
     """What would have to change for its folders to be classes; empty where there are none."""
+    passed_over: Callable[[], str] = str
+    """Which files are taken for no images, by their endings, and which folders have nothing else."""
 
 
 def splits(source: str) -> dict[str, Source]:
@@ -59,7 +62,9 @@ def splits(source: str) -> dict[str, Source]:
         found = _hub(source)
     found = {name: split for name, split in found.items() if split.count}
     if not found:
-        raise DataError(f"{source}: no images found; expected sub-folders of images, or parquet files")
+        raise DataError(
+            f"{source}: no images found; expected sub-folders of images ({', '.join(SUFFIXES)}), or parquet files"
+        )
     return found
 
 
@@ -112,7 +117,8 @@ def _images_in(folder: Path) -> Source:
     if names and all(len(parts) > 2 and split_named(parts[1]) in SPLITS for parts in names):
         name, split = names[0][:2]
         raise DataError(
-            f"{folder}: splits lie below the classes, as {name}/{split}; put the classes below, as {split}/{name}"
+            f"{folder}: splits lie below the classes, as {name}/{split}; if {name} is a class, put it below, as "
+            f"{split}/{name}; else name {folder / name} itself"
         )
     beside = f"{len(loose)} of its images, such as {loose[0]}, are in no sub-folder" if loose else ""
     classes = tuple(sorted({parts[0] for parts in names})) if labelled else ()
@@ -124,17 +130,42 @@ def _images_in(folder: Path) -> Source:
             yield str(file), file.read_bytes(), label
 
     why = beside if len(loose) < len(files) else ""
-    return Source(rows, len(files), classes, _marks(files), lambda: set(labels), why)
+    return Source(
+        rows, len(files), classes, _marks(files), lambda: set(labels), why, lambda: passed_over(folder)
+    )
+
+
+def passed_over(folder: Path) -> str:
+    """The files in a folder, at all levels, that are taken for no images: by their endings, with their number.
+
+    Then the folders directly in it that hold nothing else, as a class of another format; empty where there are none.
+    """
+    endings: Counter[str] = Counter()
+    for file in _files(folder):
+        if file.suffix.lower() not in SUFFIXES:
+            endings[file.suffix.lower() or "none"] += 1
+    if not endings:
+        return ""
+    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    told = ", ".join(f"{ending} ({count})" for ending, count in ordered[:5])
+    inside = (p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith("."))
+    bare = [p.name for p in inside if next(_files(p), None) and not next(_images(p), None)]
+    nothing = f"; no images at all in {', '.join(bare[:10])}" if bare else ""
+    return f"{endings.total()} files in {folder} are taken for no images, by their ending: {told}{nothing}"
 
 
 def _images(path: Path) -> Iterator[Path]:
     """The image files in a folder, at all levels; or the file itself, if it is one. Nothing hidden in it (.name)."""
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
+    return (file for file in _files(path) if file.suffix.lower() in SUFFIXES)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The same of files with any ending."""
+    if path.is_file():
         yield path
     for parent, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        seen = (name for name in files if not name.startswith("."))
-        yield from (Path(parent, name) for name in seen if Path(name).suffix.lower() in SUFFIXES)
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
 def _marks(files: list[Path]) -> str:

@@ -8,7 +8,7 @@ import torch
 from workshop import image_folder, overrides
 
 from entry.config import read_entry
-from prg.checkpoint import load_checkpoint
+from prg.checkpoint import load_checkpoint, read_facts
 from prg.cli import main
 from prg.training.finetune import load_finetuned
 from prg.training.run import open_run
@@ -63,6 +63,9 @@ def test_it_is_exported_and_evaluated_as_any_other(
     entry = tmp_path / "mine"
     assert main(["export", str(run), str(entry)]) == 0
     assert main(["evaluate", str(entry), "--data", str(photos), "--write"]) == 0
+    card = (entry / "MODEL_CARD.md").read_text()
+    penalty = read_facts(run / "finetune" / "checkpoint.safetensors")["penalty"]
+    assert f"encoder frozen, head linear, penalty {penalty}" in card
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] > 0.9
 
 

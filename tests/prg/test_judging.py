@@ -57,8 +57,11 @@ def test_as_many_images_but_others_are_not_gone_on_with(
             assert main(["evaluate", str(run), "--data", str(other), *more]) == 1
             assert "36 images, not those of which" in capsys.readouterr().err
     _, material = open_target(home / "entry", "finetune", tmp_path / "scratch", str(other))
-    with pytest.raises(DataError, match="36 images, as many as entry was trained on, but not the same"):
-        material.training()
+    assert len(material.training()[1]) == 4
+    assert (
+        "entry was trained on other images than photos, or on these in another order"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_run_from_before_images_were_digested_goes_on(home: Path, tmp_path: Path) -> None:
@@ -103,9 +106,23 @@ def test_a_second_fine_tuning_holds_back_what_the_first_did(
         assert main([*again, *command(home / "photos", other)]) == 1
         assert "hold back the same: --set data.validation=0.2 --set seed=0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "recipe.json").exists()
-    assert main([*again, *command(home / "photos")]) == 0
+    assert (
+        main([*again, *command(home / "photos", "data.validation=0.1")]) == 0
+    )  # a part of what was held back
+    capsys.readouterr()
+    other, third = tmp_path / "other", tmp_path / "third"
     fewer = image_folder(tmp_path / "photos", each=10, splits=("train",))
-    assert main([*again[:1], str(tmp_path / "other"), *again[2:], *command(fewer, "seed=1")]) == 0
+    assert main([*again[:1], str(other), *again[2:], *command(fewer, "seed=1")]) == 0
+    assert "was fine-tuned on other images than these" in capsys.readouterr().err
+    if begin == "entry":
+        assert main(["export", str(other), str(tmp_path / "again")]) == 0
+        init = tmp_path / "again"
+    else:
+        init = other / "finetune" / "checkpoint.safetensors"
+    capsys.readouterr()
+    onward = ["finetune", str(third), "--init", str(init), "--freeze", *command(home / "photos", "seed=1")]
+    assert main(onward) == 1
+    assert "hold back the same: --set data.validation=0.2 --set seed=0" in capsys.readouterr().err
 
 
 def test_what_to_begin_from_is_there_and_a_checkpoint(
@@ -118,12 +135,16 @@ def test_what_to_begin_from_is_there_and_a_checkpoint(
         (home / "run" / "pretrain", f"a folder; name a checkpoint in it: {start}"),
         (home / "entry" / "1" / "model.pt", f"a part of an entry; name the entry's folder: {home / 'entry'}"),
         (home / "entry" / "1", f"a part of an entry; name the entry's folder: {home / 'entry'}"),
+        (home, f"a folder of entries; name one: {home / 'entry'}"),
     ):
         assert main([*begin, "--init", str(init)]) == 1
         assert said in capsys.readouterr().err
+    nothing = tmp_path / "no.safetensors"
+    assert main([*begin, "--init", str(nothing)]) == 1
+    assert "no.safetensors: no such checkpoint; make it" in capsys.readouterr().err
     assert main([*begin, "--init", str(start)]) == 0
-    assert main([*begin, "--init", str(tmp_path / "no.safetensors")]) == 1
-    assert "no.safetensors: no such checkpoint" in capsys.readouterr().err
+    assert main([*begin, "--init", str(nothing)]) == 1
+    assert "no.safetensors: no such checkpoint; what was begun from it goes on" in capsys.readouterr().err
 
 
 def test_one_class_is_none(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +185,16 @@ def test_a_test_split_without_labels_is_none_to_be_judged_by(
     shutil.copy(photos / "train" / "red" / "0.png", photos / "test" / "0.png")
     assert main(["evaluate", str(home / "run"), "--data", str(photos)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "photos/held-out"
+    assert main(["evaluate", str(home / "entry"), "--data", str(photos)]) == 1
+    assert (
+        "no split test or validation to judge by (there are: test (no labels), train)"
+        in capsys.readouterr().err
+    )
+    init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]
+    named = ["finetune", str(tmp_path / "run"), *command(photos, "data.test=test"), *init]
+    for more in ([], ["--dry-run"]):
+        assert main([*named, *more]) == 1
+        assert "data.test = 'test' has no labels" in capsys.readouterr().err
 
 
 def test_a_fine_tuning_says_what_it_trains_on(
@@ -190,6 +221,54 @@ def test_what_is_neither_run_nor_entry(
         assert f"{there}; name the folder of a run" in capsys.readouterr().err
 
 
+def test_each_stage_is_judged_by_what_was_held_back_from_it(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    shutil.rmtree(run / "finetune")
+    again = ["finetune", str(run), "--set", "data.validation=0.5", "--set", "finetune.epochs=1"]
+    assert main(again) == 0
+    parts = [
+        [len(part) for part in open_target(run, stage, tmp_path / stage)[1].training()]
+        for stage in ("pretrain", "finetune")
+    ]
+    assert parts == [[29, 7], [29, 7]]  # of the 18 held back from fine-tuning, pretraining saw 11
+    shutil.rmtree(run / "finetune")
+    assert main([*again, "--set", "seed=3"]) == 0
+    assert len(open_target(run, "pretrain", tmp_path / "again")[1].training()[1]) == 7
+    assert main(["evaluate", str(run)]) == 1
+    assert "held back different images of" in capsys.readouterr().err
+
+
+def test_images_of_two_folders(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pretrained on many without labels, fine-tuned on some: what pretraining may have seen is said."""
+    run, more = tmp_path / "run", image_folder(tmp_path / "more", each=20, splits=("train",))
+    assert main(["pretrain", str(run), *command(more)]) == 0
+    assert main(["finetune", str(run), "--data", str(home / "photos")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    assert "was also trained on other images than" in capsys.readouterr().err
+    _, material = open_target(run, "pretrain", tmp_path / "scratch", str(more))
+    assert [len(part) for part in material.training()] == [48, 12]
+    assert capsys.readouterr().err.count("note:") == 0
+
+
+def test_training_on_another_split_than_train(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, run = shutil.copytree(home / "photos", tmp_path / "photos"), tmp_path / "run"
+    image_folder(photos, each=4, splits=("unlabelled",))
+    (photos / "unlabelled").rename(photos / "dev")
+    assert main(["pretrain", str(run), *command(photos, "data.train=validation")]) == 0
+    facts = read_facts(run / "pretrain" / "checkpoint.safetensors")
+    assert facts["settings"]["images"] == 10
+    assert main(["finetune", str(run)]) == 0
+    for split, images in (([], 2), (["--split", "train"], 36), (["--split", "dev"], 12)):
+        capsys.readouterr()
+        assert main(["evaluate", str(run), *split]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == images
+
+
 def test_an_entry_whose_halves_held_back_others_is_not_studied(home: Path, tmp_path: Path) -> None:
     run, entry = tmp_path / "run", tmp_path / "entry"
     init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]
@@ -201,7 +280,7 @@ def test_an_entry_whose_halves_held_back_others_is_not_studied(home: Path, tmp_p
         if fine:
             assert len(material.training()[1]) == 7
         else:
-            with pytest.raises(DataError, match="different shares of as many images .25 and 29 of 36"):
+            with pytest.raises(DataError, match="held back different images of photos, by the seeds 0 and 5"):
                 material.training()
 
 

@@ -39,6 +39,12 @@ def test_all_stages_then_nothing_anew(tmp_path: Path, capsys: pytest.CaptureFixt
     *stages, grown = capsys.readouterr().out.splitlines()
     assert stages[2:] == ["export: done already", "evaluate: done"]
     assert json.loads(grown)["images"] == json.loads(figures)["images"] + 1
+    red, blue = (tmp_path / "photos" / "test" / name / "1.png" for name in ("red", "blue"))
+    red.write_bytes(blue.read_bytes())  # as many, but not the same
+    assert main(command(tmp_path)) == 0
+    *stages, altered = capsys.readouterr().out.splitlines()
+    assert stages[2:] == ["export: done already", "evaluate: done"]
+    assert json.loads(altered)["top1"] < json.loads(grown)["top1"] == 1
     (run / "finetune" / "curves.png").unlink()  # as a kill after the last step would leave it
     assert main(command(tmp_path)) == 0
     stages = capsys.readouterr().out.splitlines()

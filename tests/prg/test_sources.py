@@ -228,3 +228,16 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert images.labels.tolist() == [1, 0]
     assert images.pixels[:, 0].mean((1, 2)).tolist() == [0, 90]
     assert found["test"].classes == ()
+
+
+def test_files_of_other_endings_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pictures(tmp_path / "d", "a/1.png", "b/1.png")
+    (folder / "c").mkdir()
+    for name in ("c/1.heic", "c/2.HEIC", "a/notes.txt", "b/.DS_Store", "readme"):
+        (folder / name).write_bytes(b"")
+    assert loaded(folder, tmp_path / "cache").classes == ("a", "b")
+    said = capsys.readouterr().err
+    assert "4 files in" in said
+    assert "by their ending: .heic (2), .txt (1), none (1); no images at all in c" in said
+    loaded(pictures(tmp_path / "plain", "a/1.png"), tmp_path / "cache")
+    assert "by their ending" not in capsys.readouterr().err

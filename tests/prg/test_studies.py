@@ -19,6 +19,7 @@ from prg.studies.samples import frechet_distance
 from prg.studies.subject import Solve, Subject
 from prg.training.calibration import calibration
 from prg.training.finetune import build_classifier, load_finetuned
+from prg.training.progress import track
 from prg.training.run import open_run
 
 
@@ -94,7 +95,8 @@ def test_the_subject_answers_as_the_trained_model(run: Path, entry: Path, photos
     with torch.inference_mode():
         x = subject.latents(images.pixels[:8]).cpu()
         expected = [t.numpy() for t in model.eval()(x, torch.full((8,), 0.8))]
-    found = subject.features(images.subset(np.arange(8)), 0.8, subject.own)
+    with track("features", 8, shown=False) as bar:
+        found = subject.features(images.subset(np.arange(8)), 0.8, subject.own, bar)
     for a, b in zip((found.state, found.hidden, found.logits), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 

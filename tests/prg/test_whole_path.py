@@ -179,19 +179,25 @@ def test_a_pretrained_model_alone(run: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_the_dry_run_trains_nothing(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--recipe", "images-32", "--data", str(photos), "--dry-run", *overrides()]
-    for stage in ("pretrain", "finetune"):
-        assert main([stage, str(tmp_path / "new"), *command]) == 0
+    for flags, work in (
+        (["pretrain"], "pretrain: 12 steps of 8 images (2 epochs of 48)"),
+        (["finetune"], "finetune: 36 steps of 8 images (6 epochs of 48)"),
+        (["finetune", "--freeze"], "finetune: features of 48 images, 2 views of each,"),
+    ):
+        assert main([flags[0], str(tmp_path / "new"), *command, *flags[1:]]) == 0
         printed = capsys.readouterr().out
         assert '"network": "tiny16"' in printed
-        for words in ("parameters", "GFLOP an evaluation", f"{stage}: 48 images", "hours"):
+        for words in ("parameters", "GFLOP an evaluation", work, "hours"):
             assert words in printed
+    assert main(["finetune", str(tmp_path / "new"), *command, "--init", str(photos)]) == 1
+    assert f"{photos}: no such checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        (["pretrain", "RUN"], "begin one with --recipe"),
+        (["pretrain", "RUN"], "begin one by `prg pretrain` or `prg finetune` with --recipe"),
         (["pretrain", "RUN", "--recipe", "images-33"], "images-32"),
         (["pretrain", "RUN", "--recipe", "images-32"], "--data"),
         (["pretrain", "RUN", "--recipe", "images-32", "--data", "/none"], "/none"),
