@@ -75,6 +75,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from prg.studies.subject import some
     from prg.training.data import load_split
     from prg.training.evaluate import evaluate, record
+    from prg.training.held_back import gave_some_of, note, told_by_entry
     from prg.training.publish import publish
     from prg.training.run import demand_test, open_run
     from prg.training.sources import splits
@@ -105,6 +106,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             split = demand_test(found, arguments.split or "", data)
             name = f"{Path(data).name}/{split}"
             images = load_split(found[split], spec, Path(temporary), arguments.skip_unreadable)
+        told = read_entry(entry)
+        version = told.prg.versions.get(arguments.model_version or told.default_version)
+        if version and gave_some_of(images, told_by_entry(version.training)):
+            if arguments.write:
+                raise EntryError(f"{name}: the model was trained on these images; --write is for others")
+            note(f"the model was trained on {name} but for a share held back: it is judged too well by it")
         images = some(images, arguments.limit)
         result = evaluate(entry, images, name, arguments.model_version)
     if arguments.write:
@@ -127,6 +134,8 @@ def _study(arguments: argparse.Namespace) -> None:
         raise EntryError(f"--study {arguments.study}: say with --out which folder the answer goes to")
     if arguments.write:
         raise EntryError(f"--study {arguments.study}: --write is for accuracy alone")
+    if arguments.split and not study.test:
+        raise EntryError(f"--study {arguments.study}: is made on the training split, so it takes no --split")
     _check_out(arguments)
     _check_target(arguments.target)
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,12 +24,14 @@ class Study:
     """Of a run, whose model is asked unless another is named."""
     limit: int
     """Images, unless told otherwise: what two processor cores do in some minutes."""
+    test: bool = False
+    """Whether it reads the test split, and so takes another one; not so where something is chosen by the answer."""
 
 
 STUDIES: dict[str, Study] = {
     "levels": Study("what do features tell about the class, by t_end and steps?", levels, "pretrain", 2000),
     "steps": Study("how many evaluations, and which solver, does it need?", steps, "finetune", 1000),
-    "robustness": Study("how right is it on corrupted images?", robustness, "finetune", 1000),
+    "robustness": Study("how right is it on corrupted images?", robustness, "finetune", 1000, test=True),
     "round-trip": Study("how much is lost there and back?", round_trip, "pretrain", 64),
     "samples": Study("what does it generate, and how near is that to the data?", samples, "pretrain", 1000),
 }

@@ -65,9 +65,12 @@ def of_entry(
     name, spec = Path(data).name, subject.prg.image
 
     def training() -> tuple[Images, Images]:
-        images = load_split(found[choose_split(found, "train", data)], spec, cache, skip_unreadable)
+        chosen = choose_split(found, "train", data)
+        images = load_split(found[chosen], spec, cache, skip_unreadable)
         told = told_by_entry(subject.prg.versions[subject.version].training)
-        return never_seen(images, told, subject.name, name) or hold_out(images, VALIDATION, SEED)
+        return never_seen(images, told, subject.name, f"{name}/{chosen}") or hold_out(
+            images, VALIDATION, SEED
+        )
 
     def test() -> tuple[str, Images]:
         chosen = demand_test(found, split or "", data)

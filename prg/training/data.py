@@ -67,11 +67,23 @@ def load_split(
 
 def hold_out(images: Images, share: float, seed: int) -> tuple[Images, Images]:
     """Split off a validation part, the same for the same seed: (training, validation)."""
-    order = np.random.default_rng([seed, 0x5EED]).permutation(len(images))
-    held = round(len(images) * share)
-    if held < 1 or held >= len(images):
-        raise DataError(f"data.validation = {share} of {len(images)} images leaves a part empty")
-    return images.subset(np.sort(order[held:])), images.subset(np.sort(order[:held]))
+    training, held_back = deal(len(images), share, seed)
+    return images.subset(training), images.subset(held_back)
+
+
+def deal(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` images are trained on, and which are held back: int64, each in order."""
+    held = held_count(count, share)
+    order = np.random.default_rng([seed, 0x5EED]).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def held_count(count: int, share: float) -> int:
+    """How many are held back. Raises DataError where that is none or all of them."""
+    held = round(count * share)
+    if held < 1 or held >= count:
+        raise DataError(f"data.validation = {share} of {count} images leaves a part empty")
+    return held
 
 
 def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images:

@@ -126,12 +126,13 @@ def random_images(recipe: Recipe, count: int, device: torch.device) -> tuple[Ten
 
 
 def training_count(recipe: Recipe) -> int | None:
-    """Images that would be trained on, None where the recipe names no source."""
+    """Images that would be trained on, None where the recipe names no source. Raises DataError where there are none."""
     if not recipe.data.source:
         return None
+    from prg.training.data import held_count
     from prg.training.run import choose_split
     from prg.training.sources import splits
 
     found = splits(recipe.data.source)
     count = found[choose_split(found, recipe.data.train, recipe.data.source)].count
-    return count - round(count * recipe.data.validation)
+    return count - held_count(count, recipe.data.validation)

@@ -1,23 +1,31 @@
-"""What was held back from every training behind a model: it is judged by nothing that one of them was given."""
+"""Which images were held back from every training behind a model, and what of that can't be known."""
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
+import numpy as np
+
 from prg.training import processes
-from prg.training.data import Images, hold_out
+from prg.training.data import Images, deal
 from prg.training.sources import DataError
 
 Record = Mapping[str, Any]
-"""Of one training: its kind, how many images it was given, of which share of them by which seed, and their digest."""
+"""Of one training: its kind, how many images it was given, of which share of them by which seed, and their digest;
+of one before an import the kind alone."""
 
 
 def behind(facts: Mapping[str, Any]) -> list[Record]:
-    """Of every training behind a checkpoint of these facts, its own last; none of what was imported."""
-    before: list[Record] = facts.get("init", {}).get("seen", [])
+    """Of every training behind a checkpoint of these facts, its own last."""
     settings = facts["settings"]
+    before: list[Record] = []
+    if "seen" in facts.get("init", {}):
+        before = facts["init"]["seen"]
+    elif "pretraining" in facts:  # of an import, or from before records were kept
+        before = behind(facts["pretraining"] | {"kind": "pretrain"})
     if "imported" in settings:
-        return before
+        return [*before, {"kind": "imported"}]
     own = {"kind": facts["kind"], "images": settings["images"]}
     own |= {"validation": settings["data"]["validation"], "seed": settings["seed"]}
     if "digests" in settings:  # a checkpoint from before they were taken has none
@@ -33,36 +41,43 @@ def told_by_entry(training: Mapping[str, Any]) -> list[Record]:
     return [{"kind": k, "images": s["images"], "seed": s["seed"]} for k, s in stages if "images" in s]
 
 
-def as_dealt(images: Images, record: Record) -> tuple[Images, Images] | None:
-    """What that training was given of these images, and what was held back; None where it was given others.
+def held_back_by(images: Images, record: Record) -> np.ndarray | None:
+    """Which of these images were held back from that training; None where it was not given the others of these.
 
     Without a digest in the record, as many images are taken for the same.
     """
-    share = record.get("validation", 1 - record["images"] / len(images))
-    held = round(len(images) * share)
-    if held < 1 or len(images) - held != record["images"]:
+    count = len(images)
+    share = record.get("validation", 1 - record.get("images", 0) / count)
+    held = round(count * share)
+    if not 0 < held < count or count - held != record.get("images"):
         return None
-    training, held_back = hold_out(images, share, record["seed"])
-    if record.get("digest") not in (None, training.digests()["pixels"]):
+    training, held_back = deal(count, share, record["seed"])
+    if record.get("digest") not in (None, images.subset(training).digests()["pixels"]):
         return None
-    return training, held_back
+    return held_back
+
+
+def gave_some_of(images: Images, records: Sequence[Record]) -> bool:
+    """Whether just these images, but for some held back, were given to one of the trainings, as its digest says."""
+    return any("digest" in r and held_back_by(images, r) is not None for r in records)
 
 
 def never_seen(
     images: Images, records: Sequence[Record], model: str, where: str
 ) -> tuple[Images, Images] | None:
-    """(the others, those that no training behind the model was given), None where none was given any of these.
+    """(the others, those held back from all trainings behind the model), None where none was given any of these.
 
-    What can't be known is told on stderr. Raises DataError where the trainings held back different images.
+    What can't be known is told on stderr. Raises DataError where the trainings held back no image in common.
     """
-    once = {(r["images"], r["seed"], r.get("digest")): r for r in records}
-    found = [(r, dealt) for r in once.values() if (dealt := as_dealt(images, r))]
-    if len({r["seed"] for r, _ in found}) > 1:
-        raise DataError(
-            f"{model}: its trainings held back different images of {where}, by the seeds "
-            f"{' and '.join(str(r['seed']) for r, _ in found)}: name a split that none of them saw with --split"
+    once = {(r.get("images"), r.get("seed"), r.get("digest")): r for r in records}.values()
+    told = [r for r in once if "images" in r]
+    found = [(r, held) for r in told if (held := held_back_by(images, r)) is not None]
+    if len(told) < len(once):
+        note(
+            f"{model} was imported, and what it was trained on before is not known: "
+            "should that be what it is judged by now, it is judged too well"
         )
-    if len(found) < len(once):
+    if len(found) < len(told):
         note(
             f"{model} was {'also ' if found else ''}trained on other images than {where}, or on these in another "
             "order; should it have seen some of those that it is judged by now, it is judged too well"
@@ -71,8 +86,19 @@ def never_seen(
         note(
             f"{model} says how many images it was trained on, but not which: {where} is taken for them by number"
         )
-    # With one seed, a smaller share that is held back lies within a larger one.
-    return max(found, key=lambda f: f[0]["images"])[1] if found else None
+    if not found:
+        return None
+    held = reduce(np.intersect1d, [h for _, h in found])
+    if not len(held):
+        raise DataError(
+            f"{model}: its trainings held back different images of {where}, and none in common: "
+            "there is nothing to judge it by"
+        )
+    if len(held) < min(len(h) for _, h in found):
+        note(
+            f"{model}: its trainings held back different images of {where}; judged by the {len(held)} in common"
+        )
+    return images.subset(np.setdiff1d(np.arange(len(images)), held)), images.subset(held)
 
 
 def note(text: str) -> None:

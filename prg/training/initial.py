@@ -1,6 +1,5 @@
 """Where a fine-tuning begins: the network of a pretraining, of another fine-tuning, or of an entry."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from entry.config import check_weights, read_entry, sha256
 from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
 from prg.recipe import Recipe, recipe_table
-from prg.training.held_back import behind, told_by_entry
+from prg.training.held_back import behind, note, told_by_entry
 from prg.unet import PRESETS, UNet, UNetConfig
 
 PRETRAINED_FOR = ("network", "image")
@@ -38,7 +37,7 @@ def load_initial(net: UNet, recipe: Recipe, init: Path) -> dict[str, Any]:
         raise CheckpointError(f"{init}: trained with other settings ({'; '.join(changed)})")
     if saved.facts["step"] < saved.facts["steps"]:
         done = f"step {saved.facts['step']} of {saved.facts['steps']}"
-        print(f"note: {init} is unfinished, {done}", file=sys.stderr)
+        note(f"{init} is unfinished, {done}")
     digest = sha256(init)
     begun = {"kind": saved.facts["kind"], "sha256": digest, "seen": behind(saved.facts)}
     if saved.facts["kind"] == "finetune":

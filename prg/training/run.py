@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from entry.config import ImageSpec, write_atomically
 from prg.checkpoint import CheckpointError, differences, read_facts
 from prg.recipe import Recipe, RecipeError, load_recipe, recipe_table, with_defaults
 from prg.training import processes
-from prg.training.data import Images, check_classes_were_seen, hold_out, load_split
-from prg.training.held_back import Record, as_dealt, behind, never_seen, note
+from prg.training.data import Images, check_classes_were_seen, deal, hold_out, load_split
+from prg.training.held_back import Record, behind, held_back_by, never_seen, note
 from prg.training.sources import DataError, Source, split_named, splits
 
 Stage = Literal["pretrain", "finetune"]
@@ -103,42 +104,42 @@ class Run:
     def judged_images(self, stage: Stage) -> tuple[Images, Images]:
         """(training, validation), as they were when the run's model of that stage was trained.
 
-        Raises DataError where the images are others now: which of them were held back can't be told then.
+        Where it was trained on other images, as the recipe deals these; that is said.
         """
-        path = self.finetuned if stage == "finetune" and self.finetuned.is_file() else self.pretrained
-        records = behind(read_facts(path)) if path.is_file() else []
-        if not records:
-            return self.training_images()
-        source = self.recipe.data.source
+        path, records = self._seen(stage)
+        data = self.recipe.data
+        where = f"{Path(data.source).name}/{data.train}"
         images = self._load(self.sources()[0])
-        if as_dealt(images, records[-1]):
-            dealt = never_seen(images, records, str(path), source)
-            assert dealt is not None
-            return dealt
-        raise DataError(
-            f"{source}: {len(images):,} images, not those of which {path} was trained on "
-            f"{records[-1]['images']:,}: which were held back from it can't be told; name those again with --data, "
-            f"or, if it has seen none of these, judge by all of them with --split {self.recipe.data.train}"
+        return never_seen(images, records, str(path), where) or hold_out(
+            images, data.validation, self.recipe.seed
         )
 
     def check_held_back_before(self, records: list[Record], init: Path) -> None:
         """Raise DataError where a fine-tuning before this one learned labels of what is held back from this one.
 
-        records: of the trainings behind `init`; nothing is refused by those without a digest.
+        records: of the trainings behind `init`; nothing is said of those without a digest.
         """
         images = self._load(self.sources()[0])
         share, seed = self.recipe.data.validation, self.recipe.seed
-        earlier = [r for r in records if r["kind"] == "finetune" and "digest" in r]
-        for record in earlier:
-            if as_dealt(images, record) is None:
+        _, now = deal(len(images), share, seed)
+        for record in (r for r in records if "digest" in r):
+            then = held_back_by(images, record)
+            learned = record["kind"] == "finetune"
+            same = f"--set data.validation={record['validation']} --set seed={record['seed']}"
+            if then is None and learned:
                 note(
                     f"{init} was fine-tuned on other images than these; should it have seen some of those held back "
                     "now, what is chosen by them is chosen less well"
                 )
-            elif record["seed"] != seed or record["validation"] < share:
+            elif then is not None and len(np.setdiff1d(now, then)) and learned:
                 raise DataError(
                     f"{init}: was fine-tuned on a share of these same images, and saw some of those held back now; "
-                    f"hold back the same: --set data.validation={record['validation']} --set seed={record['seed']}"
+                    f"hold back the same: {same}"
+                )
+            elif then is not None and len(np.setdiff1d(now, then)):
+                note(
+                    f"{init} was pretrained on some of the images held back now, without their labels; "
+                    f"to hold back the same: {same}"
                 )
 
     def test_split(self, others: dict[str, Source], wanted: str | None = None) -> str | None:
@@ -156,16 +157,30 @@ class Run:
     def test_images(self, wanted: str | None = None, stage: Stage = "finetune") -> tuple[str, Images]:
         """(name, images) to be judged by: `wanted`, else the recipe's test split, else the images held back.
 
-        Named, it may be the training split too, as where --data names other images than those trained on.
+        Named, it may be the training split too, as where --data names other images than those trained on. Raises
+        DataError where which images were held back can't be told, for the model was trained on others.
         """
         data, (train, others) = self.recipe.data, self.sources()
         name = Path(data.source).name
         if wanted and split_named(wanted) == split_named(data.train):
             return f"{name}/{wanted}", self._load(train)
         split = self.test_split(others, wanted)
-        if split is None:
-            return f"{name}/held-out", self.judged_images(stage)[1]
-        return f"{name}/{split}", self._load(others[split])
+        if split is not None:
+            return f"{name}/{split}", self._load(others[split])
+        path, records = self._seen(stage)
+        images = self._load(train)
+        if records and "images" in records[-1] and held_back_by(images, records[-1]) is None:
+            raise DataError(
+                f"{data.source}: {len(images):,} images, not those of which {path} was trained on "
+                f"{records[-1]['images']:,}: which were held back from it can't be told; name those again with --data, "
+                f"or, if it has seen none of these, judge by all of them: prg evaluate … --split {data.train}"
+            )
+        return f"{name}/held-out", self.judged_images(stage)[1]
+
+    def _seen(self, stage: Stage) -> tuple[Path, list[Record]]:
+        """The checkpoint of that stage, or the one before it, and the trainings behind it; none where there is none."""
+        path = self.finetuned if stage == "finetune" and self.finetuned.is_file() else self.pretrained
+        return path, behind(read_facts(path)) if path.is_file() else []
 
     def check_classes(self) -> None:
         """Raise DataError, before any work, where labels lack, or a split has a class that training lacks."""

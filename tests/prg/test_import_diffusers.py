@@ -14,6 +14,7 @@ from entry.config import read_entry
 from prg.checkpoint import load_checkpoint, load_strictly
 from prg.cli import main
 from prg.paths import PATHS, VelocityField, vp_alpha, vp_sigma
+from prg.studies.target import open_target
 from prg.training.run import open_run
 from prg.unet import UNet
 
@@ -128,6 +129,12 @@ def test_it_fine_tunes_evaluates_exports_like_our_own(
     told = prg.versions["1"].training["pretrain"]["imported"]
     assert told["from"] == "diffusers"
     assert str(tmp_path) not in json.dumps(told)
+    for target in (run, entry):  # and what it saw elsewhere, nobody can tell
+        capsys.readouterr()
+        assert len(open_target(target, "finetune", tmp_path / "scratch", str(photos))[1].training()[1]) == 4
+        assert (
+            capsys.readouterr().err.count("was imported, and what it was trained on before is not known") == 1
+        )
     assert main(["pretrain", str(run)]) == 1
     assert "was imported" in capsys.readouterr().err
 

@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from workshop import image_folder, overrides, trained_run
 
 from prg.checkpoint import load_checkpoint, read_facts, save_checkpoint
 from prg.cli import main
 from prg.studies.target import open_target
-from prg.training.sources import DataError
+from prg.training.data import deal
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,15 @@ def test_images_that_were_added_are_not_judged_by_what_was_held_back(
     grown = shutil.copytree(home / "photos", tmp_path / "photos")
     for i in range(4):
         shutil.copy(grown / "train" / "red" / f"{i}.png", grown / "train" / "red" / f"0{i}.png")
-    for more in ([], ["--study", "levels", "--stage", "finetune", "--out", str(tmp_path / "out")]):
-        assert main(["evaluate", str(home / "run"), "--data", str(grown), *more]) == 1
-        assert "can't be told" in capsys.readouterr().err
+    assert main(["evaluate", str(home / "run"), "--data", str(grown)]) == 1
+    assert "40 images, not those of which" in capsys.readouterr().err
+    _, material = open_target(home / "run", "finetune", tmp_path / "scratch", str(grown))
+    assert [len(part) for part in material.training()] == [32, 8]
+    assert "was trained on other images than photos/train" in capsys.readouterr().err
     assert main(["evaluate", str(home / "run"), "--data", str(grown), "--split", "train"]) == 0
+    assert "note: the model was trained on" not in capsys.readouterr().err
+    assert main(["evaluate", str(home / "run"), "--split", "train"]) == 0
+    assert "note: the model was trained on photos/train but for a share held back" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -52,16 +58,13 @@ def test_as_many_images_but_others_are_not_gone_on_with(
         shutil.rmtree(run / "finetune")
     assert main([stage, str(run), "--data", str(other)]) == 1
     assert "the images or their labels are others, though as many" in capsys.readouterr().err
-    for more in ([], ["--study", "levels", "--stage", stage, "--out", str(tmp_path / "out")]):
-        if more or stage == "finetune":
-            assert main(["evaluate", str(run), "--data", str(other), *more]) == 1
-            assert "36 images, not those of which" in capsys.readouterr().err
-    _, material = open_target(home / "entry", "finetune", tmp_path / "scratch", str(other))
-    assert len(material.training()[1]) == 4
-    assert (
-        "entry was trained on other images than photos, or on these in another order"
-        in capsys.readouterr().err
-    )
+    if stage == "finetune":
+        assert main(["evaluate", str(run), "--data", str(other)]) == 1
+        assert "36 images, not those of which" in capsys.readouterr().err
+    for target, held_back in ((run, 7), (home / "entry", 4)):
+        _, material = open_target(target, stage, tmp_path / target.name, str(other))
+        assert len(material.training()[1]) == held_back
+        assert "was trained on other images than photos/train, or on these in an" in capsys.readouterr().err
 
 
 def test_a_run_from_before_images_were_digested_goes_on(home: Path, tmp_path: Path) -> None:
@@ -73,6 +76,21 @@ def test_a_run_from_before_images_were_digested_goes_on(home: Path, tmp_path: Pa
         save_checkpoint(path, saved)
         assert main([stage, str(run)]) == 0
     assert main(["evaluate", str(run)]) == 0
+
+
+def test_what_a_fine_tuning_before_records_began_from_is_known_of_its_pretraining(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    shutil.rmtree(run / "finetune")
+    assert main(["finetune", str(run), "--set", "seed=3", "--set", "finetune.epochs=1"]) == 0
+    path = run / "finetune" / "checkpoint.safetensors"
+    saved = load_checkpoint(path, "finetune")
+    del saved.facts["init"]["seen"]
+    save_checkpoint(path, saved)
+    capsys.readouterr()
+    main(["evaluate", str(run)])
+    assert "held back different images" in capsys.readouterr().err
 
 
 def test_labels_count_where_they_are_learned(
@@ -235,9 +253,23 @@ def test_each_stage_is_judged_by_what_was_held_back_from_it(
     assert parts == [[29, 7], [29, 7]]  # of the 18 held back from fine-tuning, pretraining saw 11
     shutil.rmtree(run / "finetune")
     assert main([*again, "--set", "seed=3"]) == 0
+    assert (
+        "was pretrained on some of the images held back now, without their labels" in capsys.readouterr().err
+    )
     assert len(open_target(run, "pretrain", tmp_path / "again")[1].training()[1]) == 7
+    assert capsys.readouterr().err.count("note:") == 0
+    assert main(["evaluate", str(run)]) == 0
+    common = len(np.intersect1d(deal(36, 0.2, 0)[1], deal(36, 0.5, 3)[1]))
+    assert 0 < common < 7
+    result = capsys.readouterr()
+    assert json.loads(result.out.splitlines()[-1])["images"] == common
+    assert f"held back different images of photos/train; judged by the {common} in common" in result.err
+    shutil.rmtree(run / "finetune")
+    seed = next(s for s in range(99) if not len(np.intersect1d(deal(36, 0.2, 0)[1], deal(36, 0.1, s)[1])))
+    again[3] = "data.validation=0.1"
+    assert main([*again, "--set", f"seed={seed}"]) == 0
     assert main(["evaluate", str(run)]) == 1
-    assert "held back different images of" in capsys.readouterr().err
+    assert "and none in common" in capsys.readouterr().err
 
 
 def test_images_of_two_folders(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,22 +298,26 @@ def test_training_on_another_split_than_train(
     for split, images in (([], 2), (["--split", "train"], 36), (["--split", "dev"], 12)):
         capsys.readouterr()
         assert main(["evaluate", str(run), *split]) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == images
+        result = capsys.readouterr()
+        assert json.loads(result.out.splitlines()[-1])["images"] == images
+        assert ("was trained on photos/dev but for a share" in result.err) == (images == 12)
+    assert main(["export", str(run), str(tmp_path / "entry")]) == 0
+    written = ["evaluate", str(tmp_path / "entry"), "--data", str(photos), "--write"]
+    assert main(written) == 1
+    assert "the model was trained on these images; --write is for others" in capsys.readouterr().err
+    assert main([*written, "--split", "train"]) == 0
 
 
-def test_an_entry_whose_halves_held_back_others_is_not_studied(home: Path, tmp_path: Path) -> None:
+def test_an_entry_is_judged_by_what_both_halves_held_back(home: Path, tmp_path: Path) -> None:
     run, entry = tmp_path / "run", tmp_path / "entry"
     init = ["--init", str(home / "run" / "pretrain" / "checkpoint.safetensors")]
     other = command(home / "photos", "data.validation=0.3", "seed=5", "finetune.epochs=1")
     assert main(["finetune", str(run), *other, *init]) == 0
     assert main(["export", str(run), str(entry)]) == 0
-    for directory, fine in ((entry, False), (home / "entry", True)):
+    common = np.intersect1d(deal(36, 0.2, 0)[1], deal(36, 0.3, 5)[1])
+    for directory, count in ((entry, len(common)), (home / "entry", 7)):
         _, material = open_target(directory, "finetune", tmp_path / directory.name, str(home / "photos"))
-        if fine:
-            assert len(material.training()[1]) == 7
-        else:
-            with pytest.raises(DataError, match="held back different images of photos, by the seeds 0 and 5"):
-                material.training()
+        assert [len(part) for part in material.training()] == [36 - count, count]
 
 
 def test_names_that_the_recipe_gives_hold_for_every_split(

@@ -168,6 +168,7 @@ def test_what_a_study_cannot_do_is_explained(
     for command, words in (
         ([str(run), "--study", "levels"], "--out"),
         ([str(run), "--stage", "pretrain"], "--stage goes with --study"),
+        ([str(run), "--study", "steps", "--split", "test", *out], "takes no --split"),
         ([str(run), "--study", "levels", "--limit", "11", *out], "at least 12 are needed"),
         ([str(run), "--study", "steps", "--stage", "pretrain", *out], "has no head"),
         ([str(run), "--study", "robustness", *out], "takes 16-pixel images"),

@@ -191,6 +191,9 @@ def test_the_dry_run_trains_nothing(tmp_path: Path, photos: Path, capsys: pytest
             assert words in printed
     assert main(["finetune", str(tmp_path / "new"), *command, "--init", str(photos)]) == 1
     assert f"{photos}: no such checkpoint" in capsys.readouterr().err
+    for stage in ("pretrain", "finetune"):
+        assert main([stage, str(tmp_path / "new"), *command, "--set", "data.validation=0.999"]) == 1
+        assert "leaves a part empty" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
