@@ -129,9 +129,12 @@ def test_it_fine_tunes_evaluates_exports_like_our_own(
     told = prg.versions["1"].training["pretrain"]["imported"]
     assert told["from"] == "diffusers"
     assert str(tmp_path) not in json.dumps(told)
-    for target in (run, entry):  # and what it saw elsewhere, nobody can tell
+    for judged in (
+        lambda: open_run(run, None).judged_images("finetune"),
+        open_target(entry, "finetune", tmp_path / "scratch", str(photos))[1].training,
+    ):  # and what it saw elsewhere, nobody can tell
         capsys.readouterr()
-        assert len(open_target(target, "finetune", tmp_path / "scratch", str(photos))[1].training()[1]) == 4
+        assert len(judged()[1]) == 4
         assert (
             capsys.readouterr().err.count("was imported, and what it was trained on before is not known") == 1
         )
