@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from entry.config import write_atomically
 from entry.images import ImageError, load_image
 from prg.client import Client, EmbedOptions
 from prg.training.data import LIMITS
+from prg.training.processes import note
 from prg.training.progress import track
 from prg.training.sources import SUFFIXES, DataError, passed_over, refuse_linked_folders
 
@@ -157,7 +157,7 @@ def embed(sources: Sequence[str], out: Path, embedder: Embedder) -> int:
         raise DataError(f"no images in {', '.join(sources)} (files ending in {', '.join(SUFFIXES)})")
     for folder in filter(Path.is_dir, map(Path, sources)):
         if others := passed_over(folder):
-            print(f"note: {others}", file=sys.stderr)
+            note(others)
     parts = _parts(out, files, embedder.identity)
     with track("embedding", len(files)) as bar:
         for start in range(0, len(files), PART):

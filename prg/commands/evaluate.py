@@ -14,6 +14,7 @@ from prg.studies.catalogue import STUDIES
 
 if TYPE_CHECKING:
     from prg.studies.report import Report
+    from prg.training.data import Images
 
 MODELS = {"pretrain": "pretrained model", "finetune": "fine-tuned model"}
 
@@ -75,7 +76,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from prg.studies.subject import some
     from prg.training.data import load_split
     from prg.training.evaluate import evaluate, record
-    from prg.training.held_back import gave_some_of, note, told_by_entry
     from prg.training.publish import publish
     from prg.training.run import demand_test, open_run
     from prg.training.sources import splits
@@ -106,12 +106,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             split = demand_test(found, arguments.split or "", data)
             name = f"{Path(data).name}/{split}"
             images = load_split(found[split], spec, Path(temporary), arguments.skip_unreadable)
-        told = read_entry(entry)
-        version = told.prg.versions.get(arguments.model_version or told.default_version)
-        if version and gave_some_of(images, told_by_entry(version.training)):
-            if arguments.write:
-                raise EntryError(f"{name}: the model was trained on these images; --write is for others")
-            note(f"the model was trained on {name} but for a share held back: it is judged too well by it")
+        _check_seen(entry, arguments.model_version, name, images, arguments.write)
         images = some(images, arguments.limit)
         result = evaluate(entry, images, name, arguments.model_version)
     if arguments.write:
@@ -124,6 +119,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         _write(accuracy(result), arguments, "accuracy", model)
     figures = result.accuracy.model_dump() | {"ece": result.calibration.ece, "nll": result.calibration.nll}
     _show(figures, result.entry.prg.labels or (), result.confusion.tolist())
+
+
+def _check_seen(entry: Path, number: str | None, name: str, images: "Images", write: bool) -> None:
+    """Say where the model was trained on these images. Raises EntryError where that were its written figures."""
+    from prg.training.held_back import gave_some_of, told_by_entry
+    from prg.training.processes import note
+
+    told = read_entry(entry)
+    version = told.prg.versions.get(number or told.default_version)
+    if version is None or not gave_some_of(images, told_by_entry(version.training)):
+        return
+    if write:
+        raise EntryError(f"{name}: the model was trained on these images; --write is for others")
+    note(f"the model was trained on {name} but for a share held back: it is judged too well by it")
 
 
 def _study(arguments: argparse.Namespace) -> None:

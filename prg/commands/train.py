@@ -73,6 +73,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, stage: str, work: "Callable[[Run], None]", then: str) -> None:
     from prg.training import processes
     from prg.training.dry_run import describe
+    from prg.training.finetune import check
     from prg.training.loop import is_complete
     from prg.training.memory import keep_freed_memory
     from prg.training.run import open_run
@@ -80,8 +81,6 @@ def _train(arguments: argparse.Namespace, stage: str, work: "Callable[[Run], Non
     if arguments.dry_run:
         run = open_run(arguments.run, _recipe(arguments))
         if stage == "finetune":
-            from prg.training.finetune import check
-
             check(run, arguments.init)
         print(describe(run.recipe, stage))
         return

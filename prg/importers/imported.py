@@ -60,12 +60,8 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name for name in archive.namelist())
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        NotImplementedError,
-    ):  # as torch.save's older format; torch.load names it
-        return False
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False  # torch.save's older format, or broken: torch.load tells
 
 
 def write_run(folder: Path, imported: Imported) -> Run:

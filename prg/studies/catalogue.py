@@ -25,7 +25,7 @@ class Study:
     limit: int
     """Images, unless told otherwise: what two processor cores do in some minutes."""
     test: bool = False
-    """Whether it reads the test split, and so takes another one; not so where something is chosen by the answer."""
+    """Whether it reads the test split, and so takes --split; the others read the training split alone."""
 
 
 STUDIES: dict[str, Study] = {

@@ -6,7 +6,7 @@ from entry.config import EntryError
 from prg.checkpoint import CheckpointError
 from prg.recipe import load_recipe
 from prg.studies.subject import Material, Subject
-from prg.training.data import Images, hold_out, load_split
+from prg.training.data import Images, load_split
 from prg.training.held_back import never_seen, told_by_entry
 from prg.training.publish import publish
 from prg.training.run import Run, Stage, choose_split, demand_test, open_run
@@ -68,9 +68,7 @@ def of_entry(
         chosen = choose_split(found, "train", data)
         images = load_split(found[chosen], spec, cache, skip_unreadable)
         told = told_by_entry(subject.prg.versions[subject.version].training)
-        return never_seen(images, told, subject.name, f"{name}/{chosen}") or hold_out(
-            images, VALIDATION, SEED
-        )
+        return never_seen(images, told, subject.name, f"{name}/{chosen}", VALIDATION, SEED)
 
     def test() -> tuple[str, Images]:
         chosen = demand_test(found, split or "", data)

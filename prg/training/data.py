@@ -16,6 +16,7 @@ from PIL import Image
 
 from entry.config import ImageSpec
 from entry.images import ImageError, Limits, load_image
+from prg.training.processes import note
 from prg.training.progress import track
 from prg.training.sources import DataError, Row, Source
 
@@ -152,7 +153,7 @@ def _decode(
         return pixels, row[0], row[2]
 
     if others := source.passed_over():
-        print(f"note: {others}", file=sys.stderr)
+        note(others)
     temporary = pixels_path.with_name(pixels_path.name + ".tmp")
     labels: list[int] = []
     bad: list[str] = []

@@ -10,10 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prg.encoder import Encoder
 from prg.recipe import Recipe, recipe_table
+from prg.training.data import held_count
 from prg.training.finetune import build_classifier, finetuning_batch, finetuning_loss
+from prg.training.frozen import views
 from prg.training.loop import Loss, Prepare, device_name, step_generator, steps_of
 from prg.training.pretrain import pretraining_batch, pretraining_loss
-from prg.training.run import choose_device
+from prg.training.run import choose_device, choose_split
+from prg.training.sources import splits
 from prg.unet import UNet
 
 PROBE_CLASSES = 10
@@ -37,29 +40,34 @@ def describe(recipe: Recipe, stage: str) -> str:
         f"extraction: {recipe.encoder.nfe} evaluations, {whole / 1e9:.3f} GFLOP an image",
         f"device: {device_name(device)}",
     ]
+    return "\n".join([*lines, f"{stage}: {_work(recipe, stage, device)}"])
+
+
+def _work(recipe: Recipe, stage: str, device: torch.device) -> str:
+    """What the stage does, at which speed, and the hours where the recipe names images."""
     config = recipe.pretrain if stage == "pretrain" else recipe.finetune
+    frozen = stage == "finetune" and recipe.finetune.freeze
     count = training_count(recipe)
-    if stage == "finetune" and recipe.finetune.freeze:
-        rate, each = extractions_per_second(recipe, device), views(recipe)
-        seen = (count or 0) * each
-        what = f"features of {count or 0:,} images, {each} views of each,"
-        then = "; then a head is fitted to them, in seconds or minutes"
-    else:
-        batch = min(config.batch, count or PROBE_BATCH)
-        rate, then = images_per_second(recipe, stage, device, min(batch, PROBE_BATCH)), ""
-        steps = steps_of(config, count or 0)
-        seen = steps * batch
-        what = f"{steps:,} steps of {batch:,} images ({config.epochs:g} epochs of {count or 0:,})"
+    batch = min(config.batch, count or PROBE_BATCH)
+    rate = (
+        extractions_per_second(recipe, device)
+        if frozen
+        else images_per_second(recipe, stage, device, min(batch, PROBE_BATCH))
+    )
     if count is None:
-        lines.append(f"{stage}: {rate:.0f} images/s; name the images with --data to know the hours")
-    else:
-        lines.append(f"{stage}: {what} at {rate:.0f} images/s: {seen / rate / 3600:.2f} hours{then}")
-    return "\n".join(lines)
-
-
-def views(recipe: Recipe) -> int:
-    """How often a frozen encoder sees each image: at each level, and mirrored."""
-    return len(recipe.finetune.t_end) * (2 if "flip" in recipe.finetune.augment else 1)
+        return f"{rate:.0f} images/s; name the images with --data to know the hours"
+    if frozen:
+        each = len(views(recipe))
+        hours = count * each / rate / 3600
+        return (
+            f"features of {count:,} images, {each} views of each, at {rate:.0f} images/s: {hours:.2f} hours; "
+            "then a head is fitted to them, in seconds or minutes"
+        )
+    steps = steps_of(config, count)
+    return (
+        f"{steps:,} steps of {batch:,} images ({config.epochs:g} epochs of {count:,}) at {rate:.0f} images/s: "
+        f"{steps * batch / rate / 3600:.2f} hours"
+    )
 
 
 def flops(recipe: Recipe) -> tuple[int, int]:
@@ -87,18 +95,12 @@ def parts(recipe: Recipe, stage: str, device: torch.device) -> tuple[nn.Module, 
     return model, finetuning_batch(recipe, PROBE_CLASSES), finetuning_loss(recipe)
 
 
-def images_per_second(recipe: Recipe, stage: str, device: torch.device, batch: int, steps: int = 3) -> float:
+def images_per_second(recipe: Recipe, stage: str, device: torch.device, batch: int) -> float:
     """Training speed of a stage in fp32, from a few steps of `batch` random images."""
     model, prepare, loss = parts(recipe, stage, device)
     pixels, labels = random_images(recipe, batch, device)
-    times = []
-    for step in range(steps):
-        start = time.perf_counter()
-        loss(model, prepare(pixels, labels, step_generator(0, step, device))).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return batch / min(times[1:])
+    generator = step_generator(0, 0, device)
+    return batch / _seconds(lambda: loss(model, prepare(pixels, labels, generator)).backward(), device)
 
 
 def extractions_per_second(recipe: Recipe, device: torch.device) -> float:
@@ -107,15 +109,21 @@ def extractions_per_second(recipe: Recipe, device: torch.device) -> float:
         encoder = Encoder(UNet(recipe.unet), recipe.encoder).eval()
     side = recipe.image.size
     x = torch.randn(EXTRACTION_BATCH, 3, side, side, device=device)
+    t_end = x.new_full((len(x),), recipe.finetune.t_end[0])
+    with torch.no_grad():
+        return len(x) / _seconds(lambda: encoder(x, t_end), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of doing it: the better of two times, after one to warm up."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        with torch.no_grad():
-            encoder(x, x.new_full((len(x),), recipe.finetune.t_end[0]))
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return len(x) / min(times[1:])
+    return min(times[1:])
 
 
 def random_images(recipe: Recipe, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -129,10 +137,6 @@ def training_count(recipe: Recipe) -> int | None:
     """Images that would be trained on, None where the recipe names no source. Raises DataError where there are none."""
     if not recipe.data.source:
         return None
-    from prg.training.data import held_count
-    from prg.training.run import choose_split
-    from prg.training.sources import splits
-
     found = splits(recipe.data.source)
     count = found[choose_split(found, recipe.data.train, recipe.data.source)].count
     return count - held_count(count, recipe.data.validation)

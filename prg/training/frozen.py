@@ -26,6 +26,10 @@ ITERATIONS = 200
 """Of L-BFGS, at most; it ends earlier where the loss no longer falls."""
 
 
+View = tuple[float, bool]
+"""(level, whether mirrored)."""
+
+
 @dataclass(frozen=True)
 class Labelled:
     """Features of labelled images, as often as there are levels and mirror images."""
@@ -58,10 +62,8 @@ def fit_head(job: Job, recipe: Recipe, held_back: Images) -> None:
     started = time.monotonic()
     model = job.model.to(job.device).eval().requires_grad_(False)
     assert isinstance(model, Classifier)
-    levels = recipe.finetune.t_end
-    mirrored = "flip" in recipe.finetune.augment
-    train = labelled(model, job, recipe, job.images, levels, mirrored)
-    validation = labelled(model, job, recipe, held_back, levels[:1], mirrored=False)
+    train = labelled(model, job, recipe, job.images, views(recipe))
+    validation = labelled(model, job, recipe, held_back, views(recipe)[:1])
     standardise(model.head, train.features)
     begin = {k: v.clone() for k, v in model.head.state_dict().items()}
     fits = []
@@ -93,9 +95,13 @@ def fit_head(job: Job, recipe: Recipe, held_back: Images) -> None:
     save_checkpoint(job.checkpoint, Checkpoint(copies, facts))
 
 
-def labelled(
-    model: Classifier, job: Job, recipe: Recipe, images: Images, levels: tuple[float, ...], mirrored: bool
-) -> Labelled:
+def views(recipe: Recipe) -> list[View]:
+    """How the encoder sees each training image: at each level, and there mirrored too; the plain first one first."""
+    ways = (False, True) if "flip" in recipe.finetune.augment else (False,)
+    return [(level, mirrored) for level in recipe.finetune.t_end for mirrored in ways]
+
+
+def labelled(model: Classifier, job: Job, recipe: Recipe, images: Images, seen: list[View]) -> Labelled:
     """What the head reads of these images; computed once and kept in the job's folder."""
     assert images.labels is not None
     told = [
@@ -103,11 +109,11 @@ def labelled(
         recipe.network,
         *map(str, (recipe.image, recipe.encoder, model.input)),
     ]
-    digest = hashlib.sha256(json.dumps([*told, levels, mirrored]).encode())
+    digest = hashlib.sha256(json.dumps([*told, seen]).encode())
     digest.update(np.ascontiguousarray(images.pixels).data)
     path = job.folder / f"features-{digest.hexdigest()[:16]}.npy"
     if not path.exists():
-        found = compute(model, recipe, images, levels, mirrored, job.device)
+        found = compute(model, recipe, images, seen, job.device)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             np.save(file, found)
@@ -122,18 +128,16 @@ def compute(
     model: Classifier,
     recipe: Recipe,
     images: Images,
-    levels: tuple[float, ...],
-    mirrored: bool,
+    seen: list[View],
     device: torch.device,
 ) -> np.ndarray:
-    """Features float32 [V, N, D]: of each level, and of each level's mirror images."""
-    views = [(level, mirror) for level in levels for mirror in (False, True)[: 1 + mirrored]]
-    parts: list[list[np.ndarray]] = [[] for _ in views]
-    with track("features", len(images) * len(views)) as bar:
+    """Features float32 [V, N, D]: one row of images for each view."""
+    parts: list[list[np.ndarray]] = [[] for _ in seen]
+    with track("features", len(images) * len(seen)) as bar:
         for start in range(0, len(images), FEATURE_BATCH):
             block = np.ascontiguousarray(images.pixels[start : start + FEATURE_BATCH])
             x = normalise(torch.from_numpy(block).to(device), recipe.image.mean, recipe.image.std)
-            for part, (level, mirror) in zip(parts, views, strict=True):
+            for part, (level, mirror) in zip(parts, seen, strict=True):
                 state, hidden = model.encoder(x.flip(3) if mirror else x, x.new_full((len(x),), level))
                 part.append(model.head_input(state, hidden).float().cpu().numpy())
                 bar.advance(len(x))

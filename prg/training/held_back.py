@@ -1,14 +1,13 @@
 """Which images were held back from every training behind a model, and what of that can't be known."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from prg.training import processes
-from prg.training.data import Images, deal
+from prg.training.data import Images, deal, hold_out
+from prg.training.processes import note
 from prg.training.sources import DataError
 
 Record = Mapping[str, Any]
@@ -63,11 +62,13 @@ def gave_some_of(images: Images, records: Sequence[Record]) -> bool:
 
 
 def never_seen(
-    images: Images, records: Sequence[Record], model: str, where: str
-) -> tuple[Images, Images] | None:
-    """(the others, those held back from all trainings behind the model), None where none was given any of these.
+    images: Images, records: Sequence[Record], model: str, where: str, share: float, seed: int
+) -> tuple[Images, Images]:
+    """(the others, those held back from all trainings behind the model).
 
-    What can't be known is told on stderr. Raises DataError where the trainings held back no image in common.
+    Where none of them was given any of these images, as `share` and `seed` deal them. model, where: the names of
+    the model and of the images. What can't be known is told on stderr. Raises DataError where the trainings held
+    back no image in common.
     """
     once = {(r.get("images"), r.get("seed"), r.get("digest")): r for r in records}.values()
     told = [r for r in once if "images" in r]
@@ -87,7 +88,7 @@ def never_seen(
             f"{model} says how many images it was trained on, but not which: {where} is taken for them by number"
         )
     if not found:
-        return None
+        return hold_out(images, share, seed)
     held = reduce(np.intersect1d, [h for _, h in found])
     if not len(held):
         raise DataError(
@@ -99,9 +100,3 @@ def never_seen(
             f"{model}: its trainings held back different images of {where}; judged by the {len(held)} in common"
         )
     return images.subset(np.setdiff1d(np.arange(len(images)), held)), images.subset(held)
-
-
-def note(text: str) -> None:
-    """A line on stderr, from one process."""
-    if processes.writes():
-        print(f"note: {text}", file=sys.stderr)

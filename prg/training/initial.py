@@ -9,7 +9,8 @@ from torch import Tensor
 from entry.config import check_weights, read_entry, sha256
 from prg.checkpoint import CheckpointError, differences, load_checkpoint, load_strictly
 from prg.recipe import Recipe, recipe_table
-from prg.training.held_back import behind, note, told_by_entry
+from prg.training.held_back import behind, told_by_entry
+from prg.training.processes import note
 from prg.unet import PRESETS, UNet, UNetConfig
 
 PRETRAINED_FOR = ("network", "image")

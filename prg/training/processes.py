@@ -100,6 +100,12 @@ def writes() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
+def note(text: str) -> None:
+    """Tell a person something, once: a line on stderr."""
+    if writes():
+        print(f"note: {text}", file=sys.stderr)
+
+
 def meet() -> None:
     """Go on once all are here. (By gloo, also on GPUs: NCCL's waiting keeps a GPU busy.)"""
     if count() > 1:

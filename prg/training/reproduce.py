@@ -20,11 +20,11 @@ from prg.training.dry_run import (
     parts,
     random_images,
     training_count,
-    views,
 )
 from prg.training.evaluate import BATCH, evaluate, record
 from prg.training.figures import can_plot
 from prg.training.finetune import finetune, finetuning_job
+from prg.training.frozen import views
 from prg.training.loop import Job, device_name, is_complete, refuse_other_settings, step_generator, steps_of
 from prg.training.pretrain import pretrain, pretraining_job
 from prg.training.publish import publish
@@ -161,7 +161,7 @@ def costs(run: Run) -> list[Stage]:
     """Pretraining, fine-tuning and evaluation, from their beginning. Raises DataError where no images are named."""
     recipe = run.recipe
     run.check_classes()
-    train, others = run.sources()
+    train, others = run.sources
     count = training_count(recipe) or 0
     split = run.test_split(others)
     test = others[split].count if split else train.count - count
@@ -172,7 +172,7 @@ def costs(run: Run) -> list[Stage]:
         Stage("evaluate", -(-test // BATCH), test * extraction),
     ]
     if recipe.finetune.freeze:  # features once; fitting the head is nothing beside them
-        stages[1] = Stage("finetune", 1, count * views(recipe) * extraction, stages[1].done)
+        stages[1] = Stage("finetune", 1, count * len(views(recipe)) * extraction, stages[1].done)
     return stages
 
 

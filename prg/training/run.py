@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from prg.checkpoint import CheckpointError, differences, read_facts
 from prg.recipe import Recipe, RecipeError, load_recipe, recipe_table, with_defaults
 from prg.training import processes
 from prg.training.data import Images, check_classes_were_seen, deal, hold_out, load_split
-from prg.training.held_back import Record, behind, held_back_by, never_seen, note
+from prg.training.held_back import Record, behind, held_back_by, never_seen
+from prg.training.processes import note
 from prg.training.sources import DataError, Source, split_named, splits
 
 Stage = Literal["pretrain", "finetune"]
@@ -80,6 +82,7 @@ class Run:
                 f"fine-tune in a new run: prg finetune NEW --recipe … --init {self.pretrained}"
             )
 
+    @cached_property
     def sources(self) -> tuple[Source, dict[str, Source]]:
         """What is trained on, and all the other splits by name, undecoded, under the recipe's class names."""
         data = self.recipe.data
@@ -98,7 +101,7 @@ class Run:
 
     def training_images(self) -> tuple[Images, Images]:
         """(training, validation), the same whenever the recipe is."""
-        images = self._load(self.sources()[0])
+        images = self._load(self.sources[0])
         return hold_out(images, self.recipe.data.validation, self.recipe.seed)
 
     def judged_images(self, stage: Stage) -> tuple[Images, Images]:
@@ -107,39 +110,40 @@ class Run:
         Where it was trained on other images, as the recipe deals these; that is said.
         """
         path, records = self._seen(stage)
+        return self._judged(self._load(self.sources[0]), path, records)
+
+    def _judged(self, images: Images, path: Path, records: list[Record]) -> tuple[Images, Images]:
         data = self.recipe.data
         where = f"{Path(data.source).name}/{data.train}"
-        images = self._load(self.sources()[0])
-        return never_seen(images, records, str(path), where) or hold_out(
-            images, data.validation, self.recipe.seed
-        )
+        return never_seen(images, records, str(path), where, data.validation, self.recipe.seed)
 
     def check_held_back_before(self, records: list[Record], init: Path) -> None:
         """Raise DataError where a fine-tuning before this one learned labels of what is held back from this one.
 
         records: of the trainings behind `init`; nothing is said of those without a digest.
         """
-        images = self._load(self.sources()[0])
+        images = self._load(self.sources[0])
         share, seed = self.recipe.data.validation, self.recipe.seed
         _, now = deal(len(images), share, seed)
         for record in (r for r in records if "digest" in r):
             then = held_back_by(images, record)
-            learned = record["kind"] == "finetune"
+            saw_some = then is not None and len(np.setdiff1d(now, then)) > 0
+            with_labels = record["kind"] == "finetune"
             same = f"--set data.validation={record['validation']} --set seed={record['seed']}"
-            if then is None and learned:
-                note(
-                    f"{init} was fine-tuned on other images than these; should it have seen some of those held back "
-                    "now, what is chosen by them is chosen less well"
-                )
-            elif then is not None and len(np.setdiff1d(now, then)) and learned:
+            if saw_some and with_labels:
                 raise DataError(
                     f"{init}: was fine-tuned on a share of these same images, and saw some of those held back now; "
                     f"hold back the same: {same}"
                 )
-            elif then is not None and len(np.setdiff1d(now, then)):
+            if saw_some:
                 note(
                     f"{init} was pretrained on some of the images held back now, without their labels; "
                     f"to hold back the same: {same}"
+                )
+            if then is None and with_labels:
+                note(
+                    f"{init} was fine-tuned on other images than these; should it have seen some of those held back "
+                    "now, what is chosen by them is chosen less well"
                 )
 
     def test_split(self, others: dict[str, Source], wanted: str | None = None) -> str | None:
@@ -149,7 +153,7 @@ class Run:
 
     def check_test_images(self) -> None:
         """Decode the split to be judged by, if there is one: so what is wrong with it is said before any training."""
-        _, others = self.sources()
+        _, others = self.sources
         split = self.test_split(others)
         if split is not None:
             self._load(others[split])
@@ -160,7 +164,7 @@ class Run:
         Named, it may be the training split too, as where --data names other images than those trained on. Raises
         DataError where which images were held back can't be told, for the model was trained on others.
         """
-        data, (train, others) = self.recipe.data, self.sources()
+        data, (train, others) = self.recipe.data, self.sources
         name = Path(data.source).name
         if wanted and split_named(wanted) == split_named(data.train):
             return f"{name}/{wanted}", self._load(train)
@@ -175,7 +179,7 @@ class Run:
                 f"{records[-1]['images']:,}: which were held back from it can't be told; name those again with --data, "
                 f"or, if it has seen none of these, judge by all of them: prg evaluate … --split {data.train}"
             )
-        return f"{name}/held-out", self.judged_images(stage)[1]
+        return f"{name}/held-out", self._judged(images, path, records)[1]
 
     def _seen(self, stage: Stage) -> tuple[Path, list[Record]]:
         """The checkpoint of that stage, or the one before it, and the trainings behind it; none where there is none."""
@@ -184,7 +188,7 @@ class Run:
 
     def check_classes(self) -> None:
         """Raise DataError, before any work, where labels lack, or a split has a class that training lacks."""
-        data, (train, found) = self.recipe.data, self.sources()
+        data, (train, found) = self.recipe.data, self.sources
         test = self.test_split(found)
         if not train.classes:
             why = f": {train.why_unlabelled}" if train.why_unlabelled else ""
