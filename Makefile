@@ -53,7 +53,8 @@ bench: .venv/.setup ## measure the extractor and the gateway on this machine
 	PYTHONPATH=. $(RUN)python benchmarks/extractor.py
 	PYTHONPATH=. $(RUN)python benchmarks/gateway.py
 
-docs: .venv/.setup ## build the documentation site into site/; a broken link fails
+docs: .venv/.setup ## write the map of modules, build the documentation site into site/
+	$(RUN)python docs/make_map.py
 	$(RUN)zensical build --clean --strict
 
 format: .venv/.setup ## rewrite the code to the one format

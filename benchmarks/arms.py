@@ -12,9 +12,10 @@ from benchmarks.resnet import ResNet, width_of_flops
 from prg.classifier import Classifier
 from prg.encoder import pooled_state
 from prg.recipe import Recipe
-from prg.training.dry_run import count_flops
+from prg.training.costs import count_flops
 from prg.training.finetune import build_classifier
-from prg.training.initial import load_initial
+from prg.training.start import load_start
+from prg.unet import UNet
 
 
 class Logits(nn.Module):
@@ -55,9 +56,10 @@ def prg_arm(title: str, pretrained: bool, reverse: bool) -> Arm:
     """The recipe's own network and head."""
 
     def build(recipe: Recipe, classes: int, entry: Path) -> Logits:
-        model = build_classifier(recipe, classes)
+        net = UNet(recipe.unet)
         if pretrained:
-            load_initial(model.encoder.net, recipe, entry)
+            net, _ = load_start(entry, recipe.network, recipe.image, recipe.encoder.path)
+        model = build_classifier(net, recipe, classes)
         return Logits(model, reversed_to(recipe.finetune.t_end[0]) if reverse else at_one)
 
     return Arm(title, build)
@@ -65,7 +67,7 @@ def prg_arm(title: str, pretrained: bool, reverse: bool) -> Arm:
 
 def resnet_arm(recipe: Recipe, classes: int, _: Path) -> Logits:
     """A ResNet of the FLOPs of the recipe's extraction."""
-    whole = flops(Logits(build_classifier(recipe, classes), reversed_to(0.5)), recipe)
+    whole = flops(Logits(build_classifier(UNet(recipe.unet), recipe, classes), reversed_to(0.5)), recipe)
     width = width_of_flops(whole, recipe.image.size, classes)
     return Logits(ResNet(width, classes), lambda model, x: model(x))
 

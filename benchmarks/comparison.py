@@ -1,7 +1,7 @@
 """Does pretraining help? PRG and what it is compared with, by share of the labels. Prints one JSON line last.
 
 Every arm that is trained sees images for the same FLOPs, on the same labelled images, with the same optimiser,
-augmentation and averaging; its learning rate is chosen on images held back from training. The test split is read
+augmentation and averaging; its learning rate is chosen on images held out from training. The test split is read
 once per run of the table. Results are kept in the folder, so that the same command goes on where it was stopped.
 
 PYTHONPATH=. python benchmarks/comparison.py FOLDER --data IMAGES [--images N] [--out docs/results]
@@ -26,18 +26,20 @@ from torch import Tensor, nn
 
 from benchmarks.arms import ARMS, flops
 from entry.config import write_atomically
-from prg.recipe import Recipe, load_recipe, recipe_table, with_defaults
+from prg.checkpoint import Facts
+from prg.console import track
+from prg.errors import Interrupted
+from prg.images.augmentation import normalise
+from prg.images.held_out import hold_out
+from prg.images.sets import Images
+from prg.machine import choose_device
+from prg.recipe import Recipe, load_recipe
 from prg.studies.probes import linear_probe, top1
 from prg.studies.report import Cell, Report, conditions, draw_axes, table, write
 from prg.studies.subject import Subject
-from prg.training.augmentation import normalise
-from prg.training.data import Images
 from prg.training.finetune import finetuning_batch
-from prg.training.loop import Batch, Job, train
-from prg.training.memory import keep_freed_memory
-from prg.training.processes import Interrupted
-from prg.training.progress import track
-from prg.training.run import Run, choose_device
+from prg.training.loop import Batch, Job, not_begun, steps_of, train
+from prg.training.run import Run
 
 RECIPE, ENTRY = "cifar10-small", Path("model_repository/prg-cifar10-pretrained")
 SHARES = (0.01, 0.1, 1.0)
@@ -100,20 +102,18 @@ class Comparison:
     def __init__(self, folder: Path, recipe: Recipe, entry: Path, extent: Extent) -> None:
         self.folder, self.recipe, self.entry, self.extent = folder, recipe, entry, extent
         run = Run(folder, recipe)
-        self.training, self.held = run.training_images()
-        self.test_name, self.test = run.test_images()
+        self.training, self.held = hold_out(run.training_images(), recipe.data.validation)
+        self.test_name, self.test = run.material("finetune").evaluated()
         self.path = folder / "results.json"
         told = {
-            "recipe": recipe_table(recipe),
+            "recipe": recipe.model_dump(mode="json"),
             "images": extent.images,
             "tuning": extent.tuning,
             "entry": Subject(entry).prg.versions["1"].sha256,
         }
         fresh: dict[str, Any] = {"settings": json.loads(json.dumps(told)), "rates": {}, "runs": {}}
         self.kept = json.loads(self.path.read_text()) if self.path.exists() else fresh
-        settings = self.kept["settings"]
-        settings["recipe"] = with_defaults(settings["recipe"])  # keys that recipes got since
-        if settings != fresh["settings"]:
+        if self.kept["settings"] != fresh["settings"]:
             raise SystemExit(f"{self.path}: of other settings; use those, or another folder")
 
     @property
@@ -134,36 +134,48 @@ class Comparison:
         self, name: str, share: float, seed: int, rate: float, count: int, judged: Images
     ) -> dict[str, Any]:
         """One run of an arm, from its beginning or its checkpoint; how right it is on `judged`."""
-        recipe = replace(self.recipe, seed=seed)
         images = labelled_share(self.training, share, seed)
         classes = len(images.classes)
         whole = self.whole
         torch.manual_seed(seed)
-        model = ARMS[name].build(recipe, classes, self.entry)
-        cost = flops(model, recipe)
+        model = ARMS[name].build(self.recipe, classes, self.entry)
+        cost = flops(model, self.recipe)
         seen = round(count * whole / cost)  # equal compute: a cheaper arm sees more images
-        batch = min(recipe.finetune.batch, len(images))
+        batch = min(self.recipe.finetune.batch, len(images))
         steps_per_epoch = max(1, len(images) // batch)
         steps = max(1, round(seen / batch))
-        config = replace(
-            recipe.finetune, lr=rate, batch=batch, epochs=steps / steps_per_epoch, precision=self.precision
-        )
-        prepare = finetuning_batch(replace(recipe, finetune=config), classes)
+        changed = {
+            "lr": rate,
+            "batch": batch,
+            "epochs": steps / steps_per_epoch,
+            "precision": self.precision,
+        }
+        config = self.recipe.finetune.model_copy(update=changed)
+        recipe = self.recipe.model_copy(update={"seed": seed, "finetune": config}).without_source()
+        device = choose_device()
         folder = self.folder / f"{name}-{share:g}-{seed}-{rate:g}"
         job = Job(
-            kind="finetune",
+            facts=Facts(
+                stage="finetune",
+                recipe=recipe,
+                trained=not_begun(images, steps_of(config, len(images)), "fp32", device),
+                imported=None,
+                classes=images.classes,
+                init="",
+                held_out=None,
+                history=(),
+                cross_validated=None,
+            ),
             model=model,
-            prepare=prepare,
+            prepare=finetuning_batch(recipe, classes),
             loss=lambda m, parts: supervised(m, parts, config.label_smoothing),
             validate=lambda m: {},
             images=images,
             config=config,
             seed=seed + 1,
-            settings={"arm": name, "share": share, "seed": seed, "rate": rate, "steps": steps},
-            folder=folder,
-            device=choose_device(),
+            checkpoint=folder / "checkpoint.safetensors",
+            device=device,
             begun=lambda: None,
-            facts={},
         )
         trainer = train(job)
         self.kept["precision"] = trainer.precision
@@ -173,7 +185,7 @@ class Comparison:
         return {"top1": found, "images": steps * batch, "seconds": trainer.seconds, "gflop": cost / 1e9}
 
     def rate(self, name: str) -> float:
-        """The arm's learning rate, chosen on images held back from training."""
+        """The arm's learning rate, chosen on images held out from training."""
         if name not in self.kept["rates"]:
             count = self.extent.tuning
             tried = {r: self.train(name, RATES_AT, 0, r, count, self.held)["top1"] for r in RATES}
@@ -196,7 +208,9 @@ class Comparison:
         started = time.monotonic()
         work = (len(self.training) + len(self.test)) * subject.evaluations(level, subject.own)
         with track("features", work, "evaluations") as bar:
-            features = [subject.features(i, level, subject.own, bar) for i in (self.training, self.test)]
+            features = [
+                subject.features(i.pixels, level, subject.own, bar) for i in (self.training, self.test)
+            ]
         seconds = time.monotonic() - started
         everything = replace(self.training, pixels=np.arange(len(self.training)))
         assert self.test.labels is not None
@@ -247,7 +261,7 @@ class Comparison:
             "initial weights of what is not pretrained, and the order), by the share of the training split's "
             "labels. All trained arms spend the same FLOPs "
             "on labelled images and share optimiser, augmentation and averaging; each arm's learning rate is "
-            "the better of two on images held back. Pretraining on the same images without their labels comes "
+            "the better of two on images held out. Pretraining on the same images without their labels comes "
             "on top, and is spent once. A probe's fit is convex, so with all labels nothing in it is random.",
             columns=("arm", *(f"{100 * share:g} % of labels" for share in shares)),
             rows=rows,
@@ -332,7 +346,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--out", type=Path, help="write comparison.md, .json and .png here")
     arguments = parser.parse_args(argv)
-    keep_freed_memory()
     overrides = [f'data.source="{arguments.data}"', "finetune.batch=128", *arguments.set]
     extent = Extent(
         arguments.images, arguments.tuning or arguments.images, tuple(arguments.shares), arguments.seeds

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from entry.runner import Runner
-from prg.training.loop import device_name
+from prg.machine import device_name
 
 BATCHES = (1, 8, 32, 64)
 

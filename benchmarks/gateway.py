@@ -29,7 +29,7 @@ from PIL import Image
 
 from entry.images import load_image
 from entry.runner import Runner
-from prg.training.loop import device_name
+from prg.machine import device_name
 
 SIZES = ((160, 120), (320, 240), (640, 480), (1280, 960), (1920, 1080))
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from prg.machine import device_name
 from prg.paths import VelocityField
 from prg.solver import integrate
-from prg.training.loop import device_name
 from prg.unet import PRESETS, UNet
 
 STEPS = (1, 2, 4, 8, 16, 32)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from entry.runner import Runner
-from prg.training.data import hold_out, load_split
-from prg.training.sources import splits
+from prg.images import splits
+from prg.images.decoded import load_split
 
 BATCH = 64
 WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -30,15 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--entry", type=Path, default=Path("model_repository/prg-cifar10"))
-    parser.add_argument("--data", required=True, help="labelled images the entry was trained on")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--data", required=True, help="labelled images")
     parser.add_argument(
-        "--validation",
-        type=float,
-        default=0.1,
-        help="share held back (the recipe's data.validation); 1: a split that training never saw",
+        "--split", default="test", help="one that the entry was not trained on (default: test)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the recipe's seed")
     parser.add_argument("--t-end", type=float, help="by default the entry's")
     parser.add_argument("-k", type=int, default=10)
     arguments = parser.parse_args(argv)
@@ -46,23 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     t_end = runner.entry.prg.t_end if arguments.t_end is None else arguments.t_end
     with tempfile.TemporaryDirectory() as cache:
         images = load_split(splits(arguments.data)[arguments.split], runner.entry.prg.image, Path(cache))
-        held_back = images
-        if arguments.validation < 1:
-            _, held_back = hold_out(images, arguments.validation, arguments.seed)
-    if held_back.labels is None:
+    if images.labels is None:
         parser.error("the images have no labels")
-    vectors = features(runner, held_back.pixels, t_end)
+    vectors = features(runner, images.pixels, t_end)
     result = {
-        f"{name} {way}": round(precision(move(v), held_back.labels, arguments.k), 4)
+        f"{name} {way}": round(precision(move(v), images.labels, arguments.k), 4)
         for name, v in vectors.items()
         for way, move in WAYS.items()
     }
-    print(
-        f"share of the {arguments.k} nearest (cosine) of {len(held_back)} images that are of the same class"
-    )
+    print(f"share of the {arguments.k} nearest (cosine) of {len(images)} images that are of the same class")
     for name, value in result.items():
         print(f"  {name:20} {value:.1%}")
-    facts = {"images": len(held_back), "t_end": t_end, "k": arguments.k, "precision": result}
+    facts = {"images": len(images), "t_end": t_end, "k": arguments.k, "precision": result}
     print(
         json.dumps(
             facts | {"entry": runner.entry.name, "fingerprint": runner.entry.fingerprint(runner.version)}

@@ -19,10 +19,9 @@ import torch
 
 from entry.runner import Runner
 from prg.export import DTYPES, least_cosine, relative_difference
-from prg.training.data import load_split
-from prg.training.loop import device_name
-from prg.training.run import choose_device
-from prg.training.sources import splits
+from prg.images import splits
+from prg.images.decoded import load_split
+from prg.machine import choose_device, device_name
 
 ROUNDS = 10
 PRECISIONS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}

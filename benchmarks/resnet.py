@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prg.training.dry_run import count_flops
+from prg.training.costs import count_flops
 
 BLOCKS = 2
 WIDTHS = range(8, 257, 4)

@@ -18,9 +18,10 @@ import numpy as np
 from benchmarks.gateway import serving
 from entry.runner import Runner
 from prg.client import Client
-from prg.training.data import load_split, same_classes
-from prg.training.evaluate import classify
-from prg.training.sources import splits
+from prg.evaluation import classify
+from prg.images import splits
+from prg.images.decoded import load_split
+from prg.images.sets import same_classes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         images = same_classes(load_split(source, prg.image, Path(cache)), prg.labels, arguments.data)
     assert images.labels is not None
     images = images.subset(np.arange(min(len(images), arguments.limit or len(images))))
-    itself = classify(runner, images, prg.classify_t_end[0]).argmax(1)
+    itself = classify(runner, images.pixels, prg.classify_t_end[0]).argmax(1)
     os.environ["PRG_DEFAULT_MODEL"] = runner.entry.name
     with serving(arguments.entry.resolve().parent) as url, Client(url) as client:
         files = (content for _, content, _ in islice(source.rows(), len(images)))

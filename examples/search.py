@@ -21,7 +21,7 @@ from usearch.index import Index
 
 from entry.config import EntryError
 from prg.client import EmbedOptions, ServiceError
-from prg.embed import Embedder, Local, Remote
+from prg.embed.engines import Embedder, Local, Remote
 
 Found = list[tuple[str, float]]
 """Paths with their cosine similarity, nearest first."""

@@ -1,6 +1,5 @@
 """The method from Python: a run, a checkpoint or an entry as an encoder with exact gradients."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,18 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from entry.config import ImageSpec
 from entry.images import load_image
 from entry.runner import Runner
-from prg.checkpoint import CheckpointError, load_checkpoint, load_strictly, read_facts
-from prg.classifier import Classifier, HeadConfig
-from prg.encoder import Encoder, EncoderConfig
-from prg.recipe import Image
-from prg.training.augmentation import normalise
-from prg.unet import PRESETS, UNet, UNetConfig
+from prg.checkpoint import load_checkpoint, load_strictly
+from prg.classifier import Classifier
+from prg.encoder import Encoder
+from prg.errors import CheckpointError
+from prg.images.augmentation import normalise
+from prg.unet import UNet
 
 
 class Encoding(NamedTuple):
@@ -108,29 +106,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
 
 
 def _from_checkpoint(path: Path) -> tuple[nn.Module, Encoder, ImageSpec, tuple[str, ...]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint, run or entry")
-    facts = read_facts(path)
-    saved, settings = load_checkpoint(path, facts["kind"]), facts["settings"]
-    network = settings["network"]
-    shape: UNetConfig = PRESETS[network] if isinstance(network, str) else _typed(UNetConfig, network)
-    encoder = Encoder(UNet(shape), _typed(EncoderConfig, settings["encoder"]))
-    image: Image = _typed(Image, settings["image"])
-    spec = ImageSpec(size=image.size, resize=image.resize, preprocessing="v1", mean=image.mean, std=image.std)
-    if facts["kind"] == "pretrain":
-        load_strictly(encoder.net, saved.part("average"), path)
-        return encoder, encoder, spec, ()
-    classes = tuple(facts["classes"])
-    head = settings["finetune"]
-    model = Classifier(encoder, HeadConfig(len(classes), head["head_input"], head["head"]))
-    load_strictly(model, saved.part("average"), path)
-    return model, encoder, spec, classes
+    saved = load_checkpoint(path)
+    recipe, classes = saved.facts.recipe, saved.facts.classes
+    encoder = Encoder(UNet(recipe.unet), recipe.encoder)
+    module: nn.Module = encoder.net
+    model: Encoder | Classifier = encoder
+    if saved.facts.stage == "finetune":
+        module = model = Classifier(encoder, recipe.head(len(classes)))
+    load_strictly(module, saved.part("average"), path)
+    return model, encoder, recipe.image.spec, classes
 
 
 def _levels(x: Tensor, t: float | Tensor) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-
-
-def _typed(kind: Any, table: dict[str, Any]) -> Any:
-    """A config from its plain JSON."""
-    return TypeAdapter(kind).validate_json(json.dumps(table))

@@ -3,16 +3,7 @@
 import argparse
 import sys
 
-from entry.config import EntryError
-
-try:
-    from prg.checkpoint import CheckpointError
-    from prg.commands import embed, evaluate, export, imports, reproduce, train
-    from prg.recipe import RecipeError
-except ModuleNotFoundError as missing:  # the service alone is installed without them
-    raise SystemExit(
-        f"prg: {missing.name} is not installed; run `make setup`, or pip install -e '.[embedded,train]'"
-    ) from None
+from prg.commands import embed, evaluate, export, imports, reproduce, train
 
 EXAMPLE = """
 a whole run, on your own images (one sub-folder a class):
@@ -27,40 +18,32 @@ a whole run, on your own images (one sub-folder a class):
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error that was explained, 130 after an interruption."""
     arguments = parser().parse_args(argv)
-    import httpx
-
-    from prg.client import ServiceError
-    from prg.export import ExportError
-    from prg.training.processes import Interrupted, ProcessError, be_alone
-    from prg.training.sources import DataError
-
     try:
-        if not getattr(arguments, "several", False) or arguments.dry_run:
-            be_alone()
-        arguments.command(arguments)
-    except (
-        RecipeError,
-        CheckpointError,
-        DataError,
-        EntryError,
-        ExportError,
-        ServiceError,
-        ProcessError,
-        FloatingPointError,
-    ) as error:
-        print(f"prg: {error}", file=sys.stderr)
-        return 1
-    except httpx.TransportError as error:
-        where = f"no service answers at {error.request.url} ({error})"
-        print(f"prg: {where}; start one with prg-serve, or name another with --url", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"prg: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        print(f"prg: {error}", file=sys.stderr)
-        return 130
+        import httpx
+
+        from entry.config import EntryError
+        from prg.client import ServiceError
+        from prg.errors import Interrupted, PrgError
+
+        try:
+            _run(arguments)
+        except (PrgError, EntryError, ServiceError) as error:
+            return _explain(str(error))
+        except httpx.TransportError as error:
+            where = f"no service answers at {error.request.url} ({error})"
+            return _explain(f"{where}; start one with prg-serve, or name another with --url")
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _explain(f"{where}{error.strerror or error}")
+        except Interrupted as error:
+            _explain(str(error))
+            return 130
+    except ModuleNotFoundError as missing:  # the service alone is installed without them
+        if str(missing.name).partition(".")[0] in ("prg", "entry"):
+            raise
+        return _explain(
+            f"{missing.name} is not installed; run `make setup`, or pip install -e '.[embedded,train]'"
+        )
     return 0
 
 
@@ -76,6 +59,20 @@ def parser() -> argparse.ArgumentParser:
     for command in (train, evaluate, export, imports, embed, reproduce):
         command.add(commands)
     return whole
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """The command; of several processes only where it is made for them."""
+    if not getattr(arguments, "several", False) or arguments.dry_run:
+        from prg.training.processes import refuse_several
+
+        refuse_several()
+    arguments.command(arguments)
+
+
+def _explain(error: str) -> int:
+    print(f"prg: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ STATE_DIM = 3 * STATE_SIDE**2
 class EncoderConfig:
     """How to reverse: path, solver, its steps, and the blocks whose activations are HIDDEN."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     path: str = "icfm"
     solver: str = "euler"
     steps: int = 1

@@ -30,6 +30,7 @@ from entry.config import (
 from entry.runner import Outputs, Runner
 from prg.classifier import Classifier
 from prg.encoder import STATE_DIM, Encoder
+from prg.errors import ExportError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,10 +42,6 @@ TOLERANCES = {
 SAME_BATCH = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 OTHER_BATCH = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 LEVELS = (1.0, 0.9, 0.8, 0.55, 0.3, 0.0)
-
-
-class ExportError(RuntimeError):
-    """The artefact is not what it must be; nothing was written."""
 
 
 class FeatureExtractor(nn.Module):
@@ -213,13 +210,13 @@ def write_card(directory: Path, entry: Entry) -> None:
         lines += [f"| {a.data} | {a.images} | {a.top1:.4f} | {a.top5:.4f} |" for a in version.accuracy] or [
             "| not evaluated yet | | | |"
         ]
-        lines += ["", "Training:", "", *(f"- {k}: {_shown(v)}" for k, v in version.training.items())]
+        lines += ["", "Training:", "", *(f"- {k}: {_written(v)}" for k, v in version.training.items())]
     write_atomically(directory / "MODEL_CARD.md", ("\n".join(lines) + "\n").encode())
 
 
-def _shown(value: object) -> str:
+def _written(value: object) -> str:
     if isinstance(value, list):
-        return "; ".join(map(_shown, value))
+        return "; ".join(map(_written, value))
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 

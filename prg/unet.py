@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class UNetConfig:
     """The shape of one U-Net; `PRESETS` names the ones in use."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     image_size: int
     channels: int
@@ -345,6 +348,12 @@ class UNet(nn.Module):
         if numbers != sorted(set(numbers)):
             raise ValueError(f"layers must be named once each, in running order: {', '.join(known)}")
         return numbers
+
+
+def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
+    """Names and shapes of such a network's weights; nothing is computed."""
+    with torch.device("meta"):
+        return {k: v.shape for k, v in UNet(config).state_dict().items()}
 
 
 def stem(patch: int, width: int) -> Stem:

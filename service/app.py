@@ -15,15 +15,13 @@ from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 from starlette.middleware.cors import CORSMiddleware
 
-from service import documented, errors
+from service import errors, openapi
 from service.auth import Keys, new_key
+from service.engines.contract import Engine
 from service.engines.embedded import EmbeddedEngine
 from service.engines.triton import TritonEngine
-from service.fetch import Fetcher
-from service.gateway import Gateway, default_model
-from service.inference import Engine, Inference
+from service.gateway import Gateway
 from service.limits import BodyLimit
-from service.readiness import Readiness
 from service.routes import classify, embed, models, openai, operations, pages
 from service.settings import Settings, SettingsError, load_settings, unknown_variables
 from service.telemetry import Metrics, Telemetry, configure_logs, log
@@ -42,23 +40,17 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = make_engine(settings, metrics)
-        readiness = Readiness(engine, lambda: default_model(settings, engine))
-        fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
-        inference = Inference(engine, fetcher, settings.image_limits, settings.queue_images, metrics)
-        gateway = Gateway(settings, engine, inference, readiness, keys, metrics)
+        gateway = Gateway(settings, make_engine(settings, metrics), keys, metrics)
         app.state.gateway = gateway
-        await engine.start()
+        await gateway.engine.start()
         async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(readiness.watch())
+            watch = tasks.create_task(gateway.readiness.watch())
             _on_hangup(tasks, gateway)
-            log.info("serving", models={n: s.state for n, s in engine.models().items()})
+            log.info("serving", models=gateway.states())
             yield
-            readiness.stopping = True
+            gateway.readiness.stopping = True
             watch.cancel()
-        await engine.close()
-        inference.close()
-        await fetcher.close()
+        await gateway.close()
 
     app = FastAPI(
         title="PRG",
@@ -73,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     for module in (embed, classify, openai, models, operations, pages):
         app.include_router(module.router)
-    documented.install(app)
+    openapi.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(
@@ -91,14 +83,7 @@ def make_engine(settings: Settings, metrics: Metrics) -> Engine:
     """The engine that PRG_ENGINE names."""
     if settings.engine == "triton":
         return TritonEngine(settings.triton_url, settings.chosen_models, metrics)
-    return EmbeddedEngine(
-        settings.model_repository,
-        settings.chosen_models,
-        settings.max_batch,
-        settings.max_delay_ms / 1e3,
-        settings.queue_images,
-        metrics,
-    )
+    return EmbeddedEngine(settings, metrics)
 
 
 def check_repository(settings: Settings) -> None:
@@ -126,7 +111,11 @@ def check_repository(settings: Settings) -> None:
 
 
 async def check_address(settings: Settings) -> None:
-    """Bind, as the server will once the models are loaded, which takes a while. Raises SettingsError."""
+    """Bind and release the port, as the server will bind it later. Raises SettingsError.
+
+    Before the models are loaded, which takes a while: a port in use is an error at once, and no caller waits
+    at a port that does not answer yet.
+    """
     loop = asyncio.get_running_loop()
     try:
         server = await loop.create_server(asyncio.Protocol, settings.host, settings.port, start_serving=False)
@@ -137,22 +126,24 @@ async def check_address(settings: Settings) -> None:
 
 def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
     """SIGHUP: rescan the repository and the keys, while serving goes on."""
+    # Signals belong to the main thread.
     if threading.current_thread() is not threading.main_thread():
-        return  # signals belong to the main thread
+        return
 
     async def reload() -> None:
         log.info("reloading")
         try:
             gateway.keys.reload()
-        except SettingsError as error:  # the old keys stay, and the models are looked at all the same
+        # The old keys stay, and the models are still read again.
+        except SettingsError as error:
             log.error("reload failed", reason=str(error))
         try:
             await gateway.engine.rescan()
-        except Exception as error:  # serving goes on with what there was
+        # Serving goes on with what there was.
+        except Exception as error:
             log.error("reload failed", reason=str(error))
         else:
-            states = {n: s.state for n, s in gateway.engine.models().items()}
-            log.info("reloaded", models=states)
+            log.info("reloaded", models=gateway.states())
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(reload()))
 
@@ -196,27 +187,26 @@ def main(argv: list[str] | None = None) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=75,  # longer than the usual balancer's, or it would reuse a connection just closed
+        # Longer than the usual balancer's, or it would reuse a connection just closed.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=int(settings.request_timeout_s) + 5,
     )
-    Server(config, app, settings.drain_s).run()
+    Server(config, app).run()
     return 0
 
 
 class Server(uvicorn.Server):
     """uvicorn that says it is not ready before it stops listening; a second signal does not wait."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
-        self._app = app
-        self._drain_s = drain_s
-        self._draining = False
+        self._state = app.state
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._drain_s and self.started and not self._draining:
-            self._draining = True
-            self._app.state.gateway.readiness.stopping = True
-            threading.Timer(self._drain_s, super().handle_exit, (sig, None)).start()
+        gateway: Gateway | None = self._state.gateway if self.started else None
+        if gateway and gateway.settings.drain_s and not gateway.readiness.stopping:
+            gateway.readiness.stopping = True
+            threading.Timer(gateway.settings.drain_s, super().handle_exit, (sig, None)).start()
         else:
             super().handle_exit(sig, frame)
 

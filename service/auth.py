@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import Request
+from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import Problem
+from service.errors import KEY_NEEDED, RATE_LIMIT, SCOPE_MISSING, TOO_MANY_IMAGES, Problem
 from service.settings import SettingsError
 
 Scope = Literal["infer", "metrics"]
@@ -55,44 +55,31 @@ class Keys:
             return None
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(token.strip().encode()).hexdigest()
-        found = None
-        for key in self._keys:  # all of them, so that the time tells nothing
-            if hmac.compare_digest(key.sha256, digest):
-                found = key
-        if scheme.lower() != "bearer" or found is None:
-            raise Problem(
-                401,
-                "Key needed",
-                "send a valid key as `Authorization: Bearer <key>`",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        if scope not in found.scopes:
-            raise Problem(403, "Scope missing", f"the key {found.name!r} lacks the scope {scope!r}")
-        return found
+        # All keys are compared, so that the time says nothing about which one was close.
+        found = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
+        if scheme.lower() != "bearer" or not found:
+            detail = "send a valid key as `Authorization: Bearer <key>`"
+            raise Problem(KEY_NEEDED, detail, headers={"WWW-Authenticate": "Bearer"})
+        key = found[-1]
+        if scope not in key.scopes:
+            raise Problem(SCOPE_MISSING, f"the key {key.name!r} lacks the scope {scope!r}")
+        return key
 
     def take(self, key: Key | None, images: int) -> None:
         """Take so many images off the key's rate (a bucket that holds one minute). Raises Problem 429."""
         if key is None or key.images_per_minute is None:
             return
         rate = key.images_per_minute
+        allowed = f"the key {key.name!r} may send {rate} images a minute"
         if images > rate:
-            raise Problem(
-                422,
-                "Too many images",
-                f"the key {key.name!r} may send {rate} images a minute; send fewer at once",
-            )
+            raise Problem(TOO_MANY_IMAGES, f"{allowed}; send fewer at once")
         now = time.monotonic()
         left, since = self._buckets.get(key.name, (float(rate), now))
         left = min(float(rate), left + (now - since) * rate / 60)
         if left < images:
             self._buckets[key.name] = (left, now)
             wait = math.ceil((images - left) * 60 / rate)
-            raise Problem(
-                429,
-                "Rate limit",
-                f"the key {key.name!r} may send {rate} images a minute; come back in {wait} s",
-                headers={"Retry-After": str(wait)},
-            )
+            raise Problem(RATE_LIMIT, f"{allowed}; come back in {wait} s", headers={"Retry-After": str(wait)})
         self._buckets[key.name] = (left - images, now)
 
 
@@ -100,28 +87,27 @@ def read_keys(path: Path) -> list[Key]:
     """The rows of a keys file. Raises SettingsError that names it."""
     try:
         rows = _File.model_validate(tomllib.loads(path.read_text("utf-8"))).key
+        if len({row.name for row in rows}) != len(rows):
+            raise ValueError("two keys have the same name")
     except OSError as error:
-        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {error.strerror}") from None
+        reason = error.strerror
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {'; '.join(lines)}") from None
+        reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     except ValueError as error:
-        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {error}") from None
-    names = [row.name for row in rows]
-    if len(set(names)) != len(names):
-        raise SettingsError(f"PRG_API_KEYS_FILE: {path}: two keys have the same name")
-    return rows
+        reason = str(error)
+    else:
+        return rows
+    raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {reason}")
 
 
 def new_key(name: str) -> tuple[str, str]:
     """(key, its row for the keys file). The key is shown once and kept nowhere."""
     key = f"prg_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(key.encode()).hexdigest()
-    quoted = json.dumps(name, ensure_ascii=False)  # a JSON string is a TOML string
-    return (
-        key,
-        f'[[key]]\nname = {quoted}\nsha256 = "{digest}"\nscopes = ["infer"]\nimages_per_minute = 6000\n',
-    )
+    # A JSON string is a TOML string.
+    quoted = json.dumps(name, ensure_ascii=False)
+    row = f'[[key]]\nname = {quoted}\nsha256 = "{digest}"\nscopes = ["infer"]\nimages_per_minute = 6000\n'
+    return key, row
 
 
 def needs(scope: Scope) -> Callable[[Request], Key | None]:
@@ -132,3 +118,7 @@ def needs(scope: Scope) -> Callable[[Request], Key | None]:
         return keys.check(request, scope)
 
     return check  # type: ignore[return-value]
+
+
+InferKey = Annotated[Key | None, Depends(needs("infer"))]
+MetricsKey = Annotated[Key | None, Depends(needs("metrics"))]

@@ -1,4 +1,4 @@
-"""Images by URL, for services that allow it: no way into the network that the service stands in."""
+"""Images by URL, for services that allow it: never from the service's own network."""
 
 import asyncio
 import ipaddress
@@ -8,20 +8,20 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from entry.images import ImageError
+from service.errors import IMAGE_TOO_LARGE, URL_NOT_READABLE, URL_REFUSED, image_error
 
 MAX_REDIRECTS = 3
 TIMEOUT_S = 10.0
 """Of one image, redirects and all."""
 AT_ONCE = 16
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-REFUSED = "URL refused"
 
 
 class Fetcher:
     """Reads images from public addresses alone.
 
-    A name is resolved once and the connection made to the very address that was judged, so that an answer that
-    changes between the two (DNS rebinding) gains nothing; each redirect is judged like the first URL.
+    A name is resolved once and the connection made to the very address that was checked, so that an answer
+    that changes between the two (DNS rebinding) gains nothing; each redirect is checked like the first URL.
     """
 
     def __init__(self, allowed: bool, max_bytes: int) -> None:
@@ -39,9 +39,8 @@ class Fetcher:
     async def fetch(self, url: str) -> bytes:
         """The bytes at a URL. Raises ImageError: 403 for one that is refused, 413, or 422 where it can't be read."""
         if self._http is None:
-            raise ImageError(
-                403, REFUSED, "this service reads no URLs (PRG_ALLOW_URLS); send the image itself"
-            )
+            detail = "this service reads no URLs (PRG_ALLOW_URLS); send the image itself"
+            raise image_error(URL_REFUSED, detail)
         try:
             async with asyncio.timeout(TIMEOUT_S), self._places:
                 for _ in range(MAX_REDIRECTS + 1):
@@ -54,16 +53,14 @@ class Fetcher:
             raise _unreadable(type(error).__name__) from None
         except ImageError:
             raise
-        except (
-            httpx.InvalidURL,
-            ValueError,
-        ):  # of urlsplit and urljoin, of httpx, of a codec: all say that it is no URL
-            raise ImageError(403, REFUSED, "the URL is malformed") from None
+        # urlsplit, urljoin, httpx and the codecs raise these where the text is not a URL.
+        except (httpx.InvalidURL, ValueError):
+            raise image_error(URL_REFUSED, "the URL is malformed") from None
         raise _unreadable(f"over {MAX_REDIRECTS} redirects")
 
     async def _hop(self, http: httpx.AsyncClient, url: str) -> tuple[bytes | None, str]:
         """(content, "") or (None, the next URL)."""
-        host, port, pinned = await _judge(url)
+        host, port, pinned = await _check(url)
         request = http.build_request(
             "GET",
             pinned,
@@ -80,18 +77,18 @@ class Fetcher:
             async for chunk in response.aiter_raw():
                 content += chunk
                 if len(content) > self._max_bytes:
-                    raise ImageError(413, "Image too large", f"at most {self._max_bytes:,} bytes are taken")
+                    raise image_error(IMAGE_TOO_LARGE, f"at most {self._max_bytes:,} bytes are taken")
             return bytes(content), ""
         finally:
             await response.aclose()
 
 
-async def _judge(url: str) -> tuple[str, int | None, str]:
+async def _check(url: str) -> tuple[str, int | None, str]:
     """(host, port if given, the URL with an address in the host's place). Raises ImageError, ValueError for no URL."""
     parts = urlsplit(url)
     host, port = (parts.hostname or "").encode("idna").decode(), parts.port
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-        raise ImageError(403, REFUSED, "only http:// and https:// URLs without a user are read")
+        raise image_error(URL_REFUSED, "only http:// and https:// URLs without a user are read")
     try:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
@@ -99,7 +96,7 @@ async def _judge(url: str) -> tuple[str, int | None, str]:
         raise _unreadable("its host has no address") from None
     addresses = [ipaddress.ip_address(str(item[4][0]).partition("%")[0]) for item in found]
     if not all(is_public(address) for address in addresses):
-        raise ImageError(403, REFUSED, "its host is in a private or reserved network")
+        raise image_error(URL_REFUSED, "its host is in a private or reserved network")
     return host, port, parts._replace(netloc=_netloc(str(addresses[0]), port), fragment="").geturl()
 
 
@@ -109,7 +106,7 @@ def _netloc(host: str, port: int | None) -> str:
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether anybody on the internet could reach it; an IPv4 address inside an IPv6 one is judged itself."""
+    """Whether anybody on the internet could reach it; an IPv4 address inside an IPv6 one is checked itself."""
     if isinstance(address, ipaddress.IPv6Address):
         inside = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
         if address in NAT64:
@@ -120,4 +117,4 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def _unreadable(reason: str) -> ImageError:
-    return ImageError(422, "URL not readable", f"the image's URL can't be read: {reason}")
+    return image_error(URL_NOT_READABLE, f"the image's URL can't be read: {reason}")

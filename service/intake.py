@@ -1,11 +1,11 @@
 """The three forms of a request, multipart, raw and JSON, to images and options."""
 
 import base64
-import binascii
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from entry.images import ImageError, Limits
-from service.errors import Problem
+from service import errors
+from service.errors import Problem, image_error
 from service.schemas import Options
 from service.settings import Settings
 
@@ -31,7 +31,7 @@ class Remote:
 
 
 Item = Callable[[], bytes] | Remote
-"""Gives an image's bytes, in the decoding pool; raises ImageError. Or says where they are."""
+"""Gives an image's bytes, in a decoding thread; raises ImageError. Or says where they are."""
 FORMS = (
     "send multipart/form-data with `files` (curl -F files=@photo.jpg), an image as the body with its "
     'image/* type, or JSON {"inputs": [{"b64": "…"}]}'
@@ -47,39 +47,31 @@ class Given:
     place: str
 
 
-@dataclass(frozen=True)
-class Intake:
-    """One request, read but not judged."""
-
-    items: list[Item]
-    options: list[Given] = field(default_factory=list)
-
-
 @asynccontextmanager
-async def read_request(request: Request, settings: Settings) -> AsyncIterator[Intake]:
+async def read_request(
+    request: Request, options: type[Kind], settings: Settings
+) -> AsyncIterator[tuple[list[Item], Kind]]:
     """Images and options of a POST. Uploaded files stay readable as long as the context lasts.
 
-    Raises Problem: 415 for another content type, 422 for a body that does not parse, no image or too many.
+    Raises Problem: 415 for another content type, 422 for a body that does not parse, no image, too many, or
+    an option that can't be used.
     """
     query = Given(list(request.query_params.multi_items()), True, "the query")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    limits = settings.image_limits
     if kind == "multipart/form-data":
         async with _form(request, settings.max_images) as (items, given):
-            _check_count(items, settings.max_images)
-            yield Intake(items, [query, given])
+            yield items, parse_options(options, [query, given])
     elif kind == "application/json":
-        items, given = await run_in_threadpool(_parse_json, await request.body(), limits)
-        _check_count(items, settings.max_images)
-        yield Intake(items, [query, given])
+        items, given = await run_in_threadpool(_parse_json, await request.body(), settings)
+        yield items, parse_options(options, [query, given])
     elif kind.startswith("image/"):
         body = await request.body()
-        yield Intake([lambda: body], [query])
+        yield [lambda: body], parse_options(options, [query])
     elif not kind and not await request.body():
         raise _no_image()
     else:
-        shown = f"{kind[:80]!r} is not accepted" if kind else "the body has no Content-Type"
-        raise Problem(415, "Content type not accepted", f"{shown}; {FORMS}")
+        reason = f"{kind[:80]!r} is not accepted" if kind else "the body has no Content-Type"
+        raise Problem(errors.CONTENT_TYPE_NOT_ACCEPTED, f"{reason}; {FORMS}")
 
 
 def parse_options(kind: type[Kind], given: Iterable[Given]) -> Kind:
@@ -90,22 +82,16 @@ def parse_options(kind: type[Kind], given: Iterable[Given]) -> Kind:
         for name, value in source.pairs:
             if name not in kind.model_fields:
                 allowed = ", ".join(kind.model_fields)
-                raise Problem(
-                    422,
-                    "Unknown option",
-                    f"{name[:80]!r} in {source.place} is no option here; allowed: {allowed}",
-                )
+                unknown = f"{name[:80]!r} in {source.place} is no option here"
+                raise Problem(errors.UNKNOWN_OPTION, f"{unknown}; allowed: {allowed}")
             grouped.setdefault(name, []).append(value)
         for name, found in grouped.items():
             repeated = name in kind.lists and len(found) > 1
             for value in [found] if repeated else found:
                 parsed = _parse(kind, name, value, source.text)
                 if name in values and values[name] != parsed:
-                    raise Problem(
-                        422,
-                        "Contradicting options",
-                        f"{name} is given twice: {values[name]!r} and {parsed!r}",
-                    )
+                    twice = f"{name} is given twice: {values[name]!r} and {parsed!r}"
+                    raise Problem(errors.CONTRADICTING_OPTIONS, twice)
                 values[name] = parsed
     return kind.model_validate(values)
 
@@ -116,9 +102,10 @@ def _parse(kind: type[Kind], name: str, value: object, text: bool) -> object:
         return getattr(kind.model_validate({name: value}, strict=not text), name)
     except ValidationError:
         must = kind.model_fields[name].description
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else shown[:60] + "…"
-        raise Problem(422, "Wrong option", f"{name} is {shown}, must be {must}") from None
+        found = repr(value)
+        if len(found) > 60:
+            found = found[:60] + "…"
+        raise Problem(errors.WRONG_OPTION, f"{name} is {found}, must be {must}") from None
 
 
 @asynccontextmanager
@@ -128,9 +115,9 @@ async def _form(request: Request, max_images: int) -> AsyncIterator[tuple[list[I
     except HTTPException as error:
         if "Too many files" in error.detail:
             raise _too_many(max_images) from None
-        raise Problem(422, "Malformed body", f"the multipart body does not parse: {error.detail}") from None
+        raise Problem(errors.MALFORMED_BODY, f"the multipart body does not parse: {error.detail}") from None
     except (UnicodeError, LookupError) as error:
-        raise Problem(422, "Malformed body", f"the multipart body has a strange charset: {error}") from None
+        raise Problem(errors.MALFORMED_BODY, f"the multipart body has a strange charset: {error}") from None
     try:
         items: list[Item] = []
         pairs: list[tuple[str, Any]] = []
@@ -138,26 +125,27 @@ async def _form(request: Request, max_images: int) -> AsyncIterator[tuple[list[I
             if isinstance(value, UploadFile) and name == "files":
                 items.append(value.file.read)
             elif isinstance(value, UploadFile):
-                raise Problem(422, "Unknown field", f"a file came as {name[:80]!r}; send files as `files`")
+                raise Problem(errors.UNKNOWN_FIELD, f"a file came as {name[:80]!r}; send files as `files`")
             elif name == "files":
-                raise Problem(422, "No image", "`files` came as text; send files (curl -F files=@photo.jpg)")
+                raise Problem(errors.NO_IMAGE, "`files` came as text; send files (curl -F files=@photo.jpg)")
             else:
                 pairs.append((name, value))
+        _check_count(items, max_images)
         yield items, Given(pairs, True, "the form")
     finally:
         await form.close()
 
 
-def _parse_json(body: bytes, limits: Limits) -> tuple[list[Item], Given]:
+def _parse_json(body: bytes, settings: Settings) -> tuple[list[Item], Given]:
     try:
         table = json.loads(body, object_pairs_hook=_no_contradiction, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise Problem(422, "Malformed body", f"the JSON does not parse: {error}") from None
+        raise Problem(errors.MALFORMED_BODY, f"the JSON does not parse: {error}") from None
     if not isinstance(table, dict) or not isinstance(table.get("inputs"), list):
-        raise Problem(422, "Malformed body", 'the JSON must be an object such as {"inputs": [{"b64": "…"}]}')
-    items: list[Item] = []
-    for index, entry in enumerate(table.pop("inputs")):
-        items.append(_item(entry, f"inputs[{index}]", limits))
+        raise Problem(errors.MALFORMED_BODY, 'the JSON must be an object such as {"inputs": [{"b64": "…"}]}')
+    inputs = enumerate(table.pop("inputs"))
+    items = [_item(entry, f"inputs[{index}]", settings.max_image_bytes) for index, entry in inputs]
+    _check_count(items, settings.max_images)
     # A null is an option left out, as in most clients' serialisation.
     return items, Given([(k, v) for k, v in table.items() if v is not None], False, "the JSON")
 
@@ -167,9 +155,8 @@ def _no_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table and table[key] != value:
-            raise Problem(
-                422, "Contradicting options", f"{key[:80]!r} is in the JSON twice, with different values"
-            )
+            twice = f"{key[:80]!r} is in the JSON twice, with different values"
+            raise Problem(errors.CONTRADICTING_OPTIONS, twice)
         table[key] = value
     return table
 
@@ -178,60 +165,40 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _item(entry: object, where: str, limits: Limits) -> Item:
+def _item(entry: object, where: str, max_bytes: int) -> Item:
     """One element of `inputs`. Raises Problem where it has another form."""
-    if isinstance(entry, dict) and len(entry) == 1:
-        [(kind, value)] = entry.items()
-        if isinstance(value, str):
-            if kind == "b64":
-                return Base64(value, limits.max_bytes)
-            if kind == "data_uri":
-                return DataUri(value, limits.max_bytes)
-            if kind == "url":
-                return Remote(value)
-    raise Problem(
-        422,
-        "Malformed body",
-        f'{where} must be {{"b64": "…"}}, {{"data_uri": "data:image/…"}} or {{"url": "…"}}',
-    )
+    match entry:
+        case {"b64": str(text), **more} if not more:
+            return partial(read_base64, text, max_bytes)
+        case {"data_uri": str(text), **more} if not more:
+            return partial(read_data_uri, text, max_bytes)
+        case {"url": str(url), **more} if not more:
+            return Remote(url)
+    forms = '{"b64": "…"}, {"data_uri": "data:image/…"} or {"url": "…"}'
+    raise Problem(errors.MALFORMED_BODY, f"{where} must be {forms}")
 
 
-@dataclass(frozen=True)
-class Base64:
-    """An image as base64 text, with or without line breaks and padding."""
-
-    text: str
-    max_bytes: int
-
-    def __call__(self) -> bytes:
-        if len(self.text) * 3 // 4 > 2 * self.max_bytes:  # known too large before it is decoded
-            raise ImageError(413, "Image too large", f"at most {self.max_bytes:,} bytes are taken")
-        compact = "".join(self.text.split())
-        try:
-            return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-        except (binascii.Error, ValueError):
-            raise ImageError(
-                422, "Not base64", "the image is not valid base64 (RFC 4648, section 4)"
-            ) from None
+def read_base64(text: str, max_bytes: int) -> bytes:
+    """An image as base64 text, with or without line breaks and padding. Raises ImageError."""
+    # Known to be too large before it is decoded; line breaks may be up to half of it.
+    if len(text) * 3 // 4 > 2 * max_bytes:
+        raise image_error(errors.IMAGE_TOO_LARGE, f"at most {max_bytes:,} bytes are taken")
+    compact = "".join(text.split())
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except ValueError:
+        raise image_error(errors.NOT_BASE64, "the image is not valid base64 (RFC 4648, section 4)") from None
 
 
-@dataclass(frozen=True)
-class DataUri:
-    """An image as a data URI (RFC 2397) in base64."""
-
-    text: str
-    max_bytes: int
-
-    def __call__(self) -> bytes:
-        head, found, body = self.text.partition(",")
-        kind, *parameters = head[5:].lower().split(";")
-        if not head[:5].lower() == "data:" or not found or "base64" not in parameters:
-            raise ImageError(422, "Not a data URI", "a data URI must be data:image/…;base64,…")
-        if not kind.startswith("image/"):
-            raise ImageError(
-                415, "Image format not accepted", f"the data URI says {kind[:60]!r}, not an image"
-            )
-        return Base64(unquote(body), self.max_bytes)()
+def read_data_uri(text: str, max_bytes: int) -> bytes:
+    """An image as a data URI (RFC 2397) in base64. Raises ImageError."""
+    head, found, body = text.partition(",")
+    kind, *parameters = head[5:].lower().split(";")
+    if not head[:5].lower() == "data:" or not found or "base64" not in parameters:
+        raise image_error(errors.NOT_A_DATA_URI, "a data URI must be data:image/…;base64,…")
+    if not kind.startswith("image/"):
+        raise image_error(errors.IMAGE_FORMAT_NOT_ACCEPTED, f"the data URI says {kind[:60]!r}, not an image")
+    return read_base64(unquote(body), max_bytes)
 
 
 def _check_count(items: list[Item], max_images: int) -> None:
@@ -242,8 +209,8 @@ def _check_count(items: list[Item], max_images: int) -> None:
 
 
 def _no_image() -> Problem:
-    return Problem(422, "No image", f"the request has no image; {FORMS}")
+    return Problem(errors.NO_IMAGE, f"the request has no image; {FORMS}")
 
 
 def _too_many(max_images: int) -> Problem:
-    return Problem(422, "Too many images", f"a request may have {max_images} images; send several requests")
+    return Problem(errors.TOO_MANY_IMAGES, f"a request may have {max_images} images; send several requests")

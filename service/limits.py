@@ -1,18 +1,18 @@
-"""What a request may cost: bytes of its body, its deadline, and nothing at all once the caller hung up."""
+"""What a request may cost: bytes of its body, its deadline, and nothing more once the caller has hung up."""
 
 import asyncio
 import math
 import re
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Problem, overloaded
+from service.errors import BODY_TOO_LARGE, DEADLINE_EXCEEDED, WRONG_HEADER, Problem, unavailable
+from service.schemas import Priority
 
-Priority = Literal["interactive", "bulk"]
 T = TypeVar("T")
 HELD_BODIES = 8
 """Bodies of the largest size that may be in memory together; many more small ones fit in as many bytes."""
@@ -53,7 +53,7 @@ class BodyLimit:
             if own > self.max_bytes:
                 raise self._too_large()
             if self.held > HELD_BODIES * self.max_bytes:
-                raise overloaded("too many request bodies are being read at once; come back soon", 1)
+                raise unavailable("too many request bodies are being read at once; come back soon", 1)
             return message
 
         try:
@@ -62,12 +62,9 @@ class BodyLimit:
             self.held -= own
 
     def _too_large(self) -> Problem:
-        return Problem(
-            413,
-            "Body too large",
-            f"a request may have {self.max_bytes:,} bytes; send fewer images in each",
-            headers={"Connection": "close"},  # the rest of the body is not read
-        )
+        detail = f"a request may have {self.max_bytes:,} bytes; send fewer images in each"
+        # The connection is closed because the rest of the body is not read.
+        return Problem(BODY_TOO_LARGE, detail, headers={"Connection": "close"})
 
 
 @asynccontextmanager
@@ -84,24 +81,21 @@ async def deadline(request: Request, timeout_s: float) -> AsyncIterator[float]:
         async with asyncio.timeout_at(due):
             yield due
     except TimeoutError:
-        raise Problem(
-            504,
-            "Deadline exceeded",
-            f"not done within {timeout_s:g} s; send fewer images, or come back when there is less load",
-            headers={"Connection": "close"},  # a body that is still coming in is not waited for
-        ) from None
+        detail = f"not done within {timeout_s:g} s; send fewer images, or come back when there is less load"
+        # The connection is closed because a body may still be coming in.
+        raise Problem(DEADLINE_EXCEEDED, detail, headers={"Connection": "close"}) from None
 
 
 def priority(request: Request) -> Priority:
     """Which queue: the `Priority` header.
 
-    Browsers send a header of that name too (`u=1, i`, RFC 9218); it says nothing of our queues.
+    Browsers and proxies send a header of that name too (`u=1, i`, RFC 9218), which is not about our queues.
     """
     asked = request.headers.get("priority", "interactive").strip().lower()
     if re.match(r"(u=\d|i\b)", asked) and asked != "interactive":
         return "interactive"
     if asked not in ("interactive", "bulk"):
-        raise Problem(422, "Wrong header", f"Priority is {asked[:40]!r}, must be interactive or bulk")
+        raise Problem(WRONG_HEADER, f"Priority is {asked[:40]!r}, must be interactive or bulk")
     return cast(Priority, asked)
 
 
@@ -131,5 +125,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise Problem(422, "Wrong header", f"Request-Timeout is {text[:40]!r}, must be seconds above 0")
+        raise Problem(WRONG_HEADER, f"Request-Timeout is {text[:40]!r}, must be seconds above 0")
     return seconds

@@ -1,4 +1,4 @@
-"""Readiness: the default model answered lately, a real request or else a canary."""
+"""Readiness: the default model answered a request, or else a canary, not long ago."""
 
 import asyncio
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from service.inference import Engine, EngineOverloaded, Job
+from service.engines.contract import Engine, EngineOverloaded, Job
 from service.telemetry import log
 
 FRESH_S = 30.0
@@ -16,7 +16,7 @@ CANARY_TIMEOUT_S = 10.0
 
 
 class Readiness:
-    """Watches one model through the engine; a queue's rejection proves nothing, good or bad."""
+    """Watches the default model through the engine. A full queue that rejects a canary proves nothing."""
 
     def __init__(self, engine: Engine, model: Callable[[], str | None]) -> None:
         self._engine = engine
@@ -68,7 +68,8 @@ class Readiness:
                 await self._engine.infer(job)
         except EngineOverloaded:
             return
-        except Exception as error:  # a canary must outlive whatever an engine does
+        # The watch must go on whatever an engine raises.
+        except Exception as error:
             self._failure = f"a canary failed ({str(error) or type(error).__name__})"
             log.warning("canary failed", model=name, reason=self._failure)
             return

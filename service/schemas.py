@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from entry.config import Accuracy, Features
 
 MAX_LEVELS = 8
+Priority = Literal["interactive", "bulk"]
+"""Which queue a request waits in."""
 Level = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -51,6 +53,21 @@ class ClassifyOptions(Options):
     return_logits: bool = Field(False, description="true or false; true adds the logits of all classes")
 
 
+class EmbeddingsRequest(BaseModel):
+    """OpenAI's fields, `input` being images, and three of ours."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: str | list[str] = Field(description="data URIs or base64 strings of images, one or a list")
+    model: str
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, description="only the model's own")
+    user: str | None = Field(None, description="ignored")
+    feature: Literal["state", "hidden"] | None = None
+    t_end: Level | None = None
+    normalize: bool = False
+
+
 class ProblemBody(BaseModel):
     """An error, RFC 9457."""
 
@@ -73,6 +90,23 @@ class OpenAIProblem(BaseModel):
     """An error of /v1, in OpenAI's shape."""
 
     error: OpenAIError
+
+
+class Embedding(BaseModel):
+    """One image's embedding."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsAnswer(BaseModel):
+    """OpenAI's answer; images have no tokens."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: dict[str, int]
 
 
 class Usage(BaseModel):

@@ -6,6 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import structlog
@@ -13,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import internal
+from service.errors import INTERNAL_ERROR, Problem
 from service.limits import HungUp
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -31,36 +32,30 @@ class Metrics:
     """Everything that /metrics shows. Labels are route templates, models and fixed words: few, always."""
 
     def __init__(self) -> None:
-        self.registry = r = CollectorRegistry()
-        self._requests = Counter("prg_requests", "Requests answered", ["route", "status"], registry=r)
-        self._seconds = Histogram(
-            "prg_request_seconds", "Whole time of a request", ["route"], buckets=SECONDS, registry=r
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        self._requests = counter("prg_requests", "Requests answered", ["route", "status"])
+        self._seconds = histogram("prg_request_seconds", "Whole time of a request", ["route"])
+        self.in_flight = gauge("prg_requests_in_flight", "Requests that are not answered yet")
+        self._images = counter("prg_images", "Images taken in", ["model", "outcome"])
+        self._rejected = counter("prg_rejections", "Requests refused with 503", ["reason"])
+        self.decode_seconds = histogram("prg_decode_seconds", "Decoding and preprocessing of an image")
+        self.queue_seconds = histogram("prg_queue_seconds", "Wait of a job for its first batch", ["model"])
+        self.inference_seconds = histogram("prg_inference_seconds", "The model's time for a batch", ["model"])
+        self.batch_images = histogram(
+            "prg_batch_images", "Rows computed together", ["model"], buckets=BATCHES
         )
-        self.in_flight = Gauge("prg_requests_in_flight", "Requests that are not answered yet", registry=r)
-        self._images = Counter("prg_images", "Images taken in", ["model", "outcome"], registry=r)
-        self._rejected = Counter("prg_rejections", "Requests refused with 503", ["reason"], registry=r)
-        self.decode_seconds = Histogram(
-            "prg_decode_seconds", "Decoding and preprocessing of an image", buckets=SECONDS, registry=r
+        self.queued_images = gauge("prg_queued_images", "Images x levels admitted, not answered")
+        self.engine_up = gauge("prg_engine_up", "1 where a Triton answers", ["address"])
+        self.engine_failures = counter(
+            "prg_engine_failures", "Calls that a Triton failed, retried or not", ["address"]
         )
-        self.queue_seconds = Histogram(
-            "prg_queue_seconds", "Wait of a job for its first batch", ["model"], buckets=SECONDS, registry=r
-        )
-        self.inference_seconds = Histogram(
-            "prg_inference_seconds", "The model's time for a batch", ["model"], buckets=SECONDS, registry=r
-        )
-        self.batch_images = Histogram(
-            "prg_batch_images", "Rows computed together", ["model"], buckets=BATCHES, registry=r
-        )
-        self.queued_images = Gauge("prg_queued_images", "Images x levels admitted, not answered", registry=r)
-        self.engine_up = Gauge("prg_engine_up", "1 where a Triton answers", ["address"], registry=r)
-        self.engine_failures = Counter(
-            "prg_engine_failures", "Calls that a Triton failed, retried or not", ["address"], registry=r
-        )
-        self._ready_models = Gauge("prg_model_ready", "1 ready, 0 failed", ["model"], registry=r)
-        self._info = Gauge(
-            "prg_model_info", "1 for each version served", ["model", "version", "fingerprint"], registry=r
-        )
-        self.ready = Gauge("prg_ready", "1 where /health/ready is good", registry=r)
+        self._ready_models = gauge("prg_model_ready", "1 ready, 0 failed", ["model"])
+        versions = ["model", "version", "fingerprint"]
+        self._info = gauge("prg_model_info", "1 for each version served", versions)
+        self.ready = gauge("prg_ready", "1 where /health/ready is good")
 
         # A counter that first appears with its first event is no increase to Prometheus: alerts would miss it.
         for route in INFERENCE_ROUTES:
@@ -122,12 +117,15 @@ class Telemetry:
         ):
             try:
                 await self.app(scope, receive, tagged)
+            # Nobody reads an answer.
             except (HungUp, ClientDisconnect):
-                pass  # nobody reads an answer
+                pass
             except Exception:
                 log.exception("bug", path=scope["path"])
-                if status == CLIENT_CLOSED:  # no answer has begun
-                    await internal().at(scope["path"])(scope, receive, tagged)
+                # No answer has begun.
+                if status == CLIENT_CLOSED:
+                    response = Problem(INTERNAL_ERROR, INTERNAL_ERROR.when).response(scope["path"])
+                    await response(scope, receive, tagged)
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.answered(route, status, seconds)

@@ -1,7 +1,7 @@
 """The documents say what is there."""
 
-import ast
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,31 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from prg.recipe import shipped_recipes
+from prg.recipes import shipped_recipes
 from service.settings import OTHER_VARIABLES, Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BIN = str(Path(sys.executable).parent)
-MODULES = sorted(
-    p for d in ("entry", "prg", "service", "benchmarks", "examples") for p in (ROOT / d).rglob("*.py")
-)
 
 
-def first_line(path: Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").splitlines()[0]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_module_stands_in_the_tree_under_its_own_words(path: Path) -> None:
-    name = path.parent.name + "/" if path.name == "__init__.py" else path.name
-    assert re.search(rf"^ *{re.escape(name)} +{re.escape(first_line(path))}$", README, re.MULTILINE)
-
-
-def test_the_tree_names_no_module_that_is_gone() -> None:
-    tree = README.split("## The tree")[1]
-    assert set(re.findall(r"[a-z_0-9]+\.py", tree)) <= {p.name for p in MODULES}
+def test_the_map_is_of_these_modules() -> None:
+    """`make docs` writes it."""
+    render = runpy.run_path(str(ROOT / "docs" / "make_map.py"))["render"]
+    assert (ROOT / "docs" / "map.md").read_text("utf-8") == render()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)

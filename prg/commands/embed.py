@@ -40,8 +40,9 @@ def add(commands: Commands) -> None:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from prg.client import EmbedOptions
-    from prg.embed import Embedder, Local, Remote, embed
-    from prg.training.sources import DataError
+    from prg.embed.engines import Embedder, Local, Remote
+    from prg.embed.partitions import embed
+    from prg.errors import DataError
 
     if arguments.t_end is not None and not 0 <= arguments.t_end <= 1:
         raise DataError(f"--t-end {arguments.t_end}: must be from 0 to 1")

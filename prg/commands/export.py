@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from prg.training.publish import publish
+    from prg.publish import publish
     from prg.training.run import open_run
 
     run = open_run(arguments.run, None)

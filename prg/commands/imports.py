@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from prg.commands.options import RECIPES, Commands, add_overrides, overrides
-from prg.recipe import load_recipe
 
 
 def add(commands: Commands) -> None:
@@ -34,6 +33,7 @@ def add(commands: Commands) -> None:
 def _official(arguments: argparse.Namespace) -> None:
     from prg.importers.imported import write_run
     from prg.importers.official import import_official
+    from prg.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, overrides(arguments))
     run = write_run(arguments.run, import_official(arguments.source, recipe))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TypeAlias
 
-from prg.recipe import shipped_recipes
+from prg.recipes import shipped_recipes
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -34,7 +34,7 @@ def add_skip_unreadable(sub: argparse.ArgumentParser) -> None:
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """What --set, --data and --skip-unreadable change of the recipe."""
-    changes = list(getattr(arguments, "set", []))
+    changes = list(arguments.set)
     if arguments.data:
         changes.append(f"data.source={json.dumps(source(arguments.data))}")
     if getattr(arguments, "skip_unreadable", False):

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from prg.commands.options import RECIPES, Commands, add_overrides, add_skip_unreadable, overrides
-from prg.recipe import load_recipe
 
 
 def add(commands: Commands) -> None:
@@ -28,17 +27,19 @@ def add(commands: Commands) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from prg.training import processes
-    from prg.training.memory import keep_freed_memory
-    from prg.training.reproduce import plan, reproduce
-    from prg.training.run import open_run
+    from prg.console import is_main_process
+    from prg.recipe import load_recipe
+    from prg.reproduce import reproduce
+    from prg.training.costs import plan
+    from prg.training.processes import joined
+    from prg.training.run import Run
 
-    run = open_run(arguments.run, load_recipe(arguments.recipe, overrides(arguments)))
+    run = Run(arguments.run, load_recipe(arguments.recipe, overrides(arguments)))
     if arguments.dry_run:
-        print(plan(run))
+        run.check_classes()
+        print(plan(run, ("pretrain", "finetune", "evaluate")))
         return
-    keep_freed_memory()
-    with processes.joined():
+    with joined():
         for line in reproduce(run):
-            if processes.writes():
+            if is_main_process():
                 print(line, flush=True)

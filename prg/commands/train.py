@@ -1,12 +1,10 @@
 """prg pretrain and prg finetune."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prg.commands.options import RECIPES, Commands, add_overrides, add_skip_unreadable, overrides
-from prg.recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
     from prg.training.run import Run
@@ -49,59 +47,58 @@ def add(commands: Commands) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    from prg.training.costs import plan
+    from prg.training.loop import is_complete
     from prg.training.pretrain import pretrain
+    from prg.training.processes import joined
 
-    _train(
-        arguments,
-        "pretrain",
-        pretrain,
-        f"next: prg finetune {arguments.run} (with --data LABELLED/ where these images have no labels)",
-    )
+    if arguments.dry_run:
+        print(plan(_run(arguments, []), ("pretrain",)))
+        return
+    with joined():
+        run = _run(arguments, [])
+        done = is_complete(run.pretrained)
+        pretrain(run)
+        then = f"next: prg finetune {run.folder} (with --data LABELLED/ where these images have no labels)"
+        _say(run.pretrained, done, then)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from prg.training.finetune import finetune
-
-    _train(
-        arguments,
-        "finetune",
-        lambda run: finetune(run, arguments.init),
-        f"next: prg evaluate {arguments.run}",
-    )
-
-
-def _train(arguments: argparse.Namespace, stage: str, work: "Callable[[Run], None]", then: str) -> None:
-    from prg.training import processes
-    from prg.training.dry_run import describe
-    from prg.training.finetune import check
+    from prg.training.costs import plan
+    from prg.training.finetune import begin, finetune
     from prg.training.loop import is_complete
-    from prg.training.memory import keep_freed_memory
-    from prg.training.run import open_run
+    from prg.training.processes import joined
 
     if arguments.dry_run:
-        run = open_run(arguments.run, _recipe(arguments))
-        if stage == "finetune":
-            check(run, arguments.init)
-        print(describe(run.recipe, stage))
+        run = _run(arguments, arguments.freeze)
+        if run.recipe.data.source and (arguments.init or run.pretrained.exists()):
+            run.check_classes()
+            begin(run, arguments.init)
+        print(plan(run, ("finetune",)))
         return
-    keep_freed_memory()
-    with processes.joined():
-        run = open_run(arguments.run, _recipe(arguments))
-        checkpoint = arguments.run / stage / "checkpoint.safetensors"
-        done = is_complete(checkpoint)
-        work(run)
-        if processes.writes():
-            print(f"{'done already' if done else 'trained'}: {checkpoint}\n{then}")
+    with joined():
+        run = _run(arguments, arguments.freeze)
+        done = is_complete(run.finetuned)
+        finetune(run, arguments.init)
+        _say(run.finetuned, done, f"next: prg evaluate {run.folder}")
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe | None:
-    """The recipe that the flags describe, None if they leave it to the run."""
-    changes = [*getattr(arguments, "freeze", []), *overrides(arguments)]
+def _run(arguments: argparse.Namespace, more: list[str]) -> "Run":
+    """The run that the flags describe; without any, as it was begun."""
+    from prg.errors import RecipeError
+    from prg.recipe import load_recipe
+    from prg.training.run import Run
+
     own = arguments.run / "recipe.json"
-    if arguments.recipe is None and not changes:
-        return None
     if arguments.recipe is None and not own.is_file():
         raise RecipeError(
             f"{own}: no run here yet; begin one by `prg pretrain` or `prg finetune` with --recipe"
         )
-    return load_recipe(arguments.recipe or str(own), changes)
+    return Run(arguments.run, load_recipe(arguments.recipe or str(own), [*more, *overrides(arguments)]))
+
+
+def _say(checkpoint: Path, done: bool, then: str) -> None:
+    from prg.console import is_main_process
+
+    if is_main_process():
+        print(f"{'done already' if done else 'trained'}: {checkpoint}\n{then}")

@@ -1,101 +1,95 @@
 """Noise predictors of Hugging Face diffusers: a UNet2DModel trained as a DDPM, as a network of the `vp` path."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prg.checkpoint import CheckpointError
+from prg.errors import CheckpointError
 from prg.importers.imported import Imported, read_tensors
 from prg.recipe import load_recipe
 from prg.unet import UNetConfig
 
 TIMES = 1000
-SCHEDULE: dict[str, Any] = {
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "num_train_timesteps": TIMES,
-    "prediction_type": "epsilon",
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "use_flow_sigmas": False,
-}
-"""The schedule that the `vp` path is in continuous time; keys that a config leaves out are taken to be so."""
-STATED = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-"""Keys that a config of a DDPM's schedule never leaves out."""
-SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Samplers of networks that were trained on such a schedule."""
-NETWORK: dict[str, Any] = {
-    "_class_name": "UNet2DModel",
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "act_fn": "silu",
-    "resnet_time_scale_shift": "default",
-    "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1,
-    "add_attention": True,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "attn_norm_num_groups": None,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-}
-"""What the network must be, and is where its config does not say; the rest of the config is its shape."""
-SHAPE: dict[str, Any] = {
-    "sample_size": None,
-    "block_out_channels": [224, 448, 672, 896],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-}
-"""diffusers' defaults, for configs that leave keys out."""
-IGNORED = ("dropout", "num_train_timesteps")
-"""Keys of the network's config that its answers do not depend on."""
+Positive = Annotated[int, Field(ge=1)]
 
 
-def _number(x: Any, least: int = 1) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
 
 
-def _list(x: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(x, list) and bool(x) and all(map(good, x))
+Table = TypeVar("Table", bound=_Table)
 
 
-TYPES: dict[str, Callable[[Any], bool]] = {
-    "sample_size": _number,
-    "block_out_channels": lambda x: _list(x, _number),
-    "down_block_types": lambda x: _list(x, lambda name: isinstance(name, str)),
-    "up_block_types": lambda x: _list(x, lambda name: isinstance(name, str)),
-    "layers_per_block": _number,
-    "attention_head_dim": lambda x: x is None or _number(x),
-    "norm_num_groups": _number,
-    "norm_eps": lambda x: isinstance(x, float) and x > 0,
-    "freq_shift": lambda x: _number(x, 0),
-}
-"""What a value of the shape must be to be one."""
+class Schedule(_Table):
+    """The schedule that the `vp` path is in continuous time; keys that a DDPM never leaves out have no default."""
+
+    class_name: Literal[
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ] = Field(alias="_class_name")
+    """Samplers of networks that were trained on such a schedule."""
+    beta_schedule: Literal["linear"]
+    beta_start: Annotated[float, Field(ge=1e-4, le=1e-4)]
+    beta_end: Annotated[float, Field(ge=0.02, le=0.02)]
+    num_train_timesteps: Literal[1000]
+    prediction_type: Literal["epsilon"] = "epsilon"
+    trained_betas: None = None
+    rescale_betas_zero_snr: Literal[False] = False
+    use_flow_sigmas: Literal[False] = False
+
+
+class Network(_Table):
+    """What a UNet2DModel must be, and its shape; where its configuration leaves out a key, diffusers' default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    class_name: Literal["UNet2DModel"] = Field(alias="_class_name")
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    center_input_sample: Literal[False] = False
+    time_embedding_type: Literal["positional"] = "positional"
+    time_embedding_dim: None = None
+    act_fn: Literal["silu"] = "silu"
+    resnet_time_scale_shift: Literal["default"] = "default"
+    mid_block_type: Literal["UNetMidBlock2D"] = "UNetMidBlock2D"
+    mid_block_scale_factor: Literal[1] = 1
+    add_attention: Literal[True] = True
+    downsample_type: Literal["conv"] = "conv"
+    upsample_type: Literal["conv"] = "conv"
+    attn_norm_num_groups: None = None
+    class_embed_type: None = None
+    num_class_embeds: None = None
+    dropout: Any = None
+    num_train_timesteps: Any = None
+    """These two do not change its answers."""
+    sample_size: Positive
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (224, 448, 672, 896)
+    down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D"], ...] = (
+        "DownBlock2D",
+        *("AttnDownBlock2D",) * 3,
+    )
+    up_block_types: tuple[str, ...] = (*("AttnUpBlock2D",) * 3, "UpBlock2D")
+    layers_per_block: Positive = 2
+    attention_head_dim: Positive | None = 8
+    norm_num_groups: Positive = 32
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    downsample_padding: Literal[0, 1] = 1
+    flip_sin_to_cos: bool = True
+    freq_shift: Annotated[int, Field(ge=0)] = 0
+
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -114,7 +108,7 @@ def import_diffusers(folder: Path, recipe: str, overrides: Iterable[str] = ()) -
     path) replaces the recipe's own. Raises CheckpointError for what is no DDPM that we can reverse.
     """
     home = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = _read_json(home / "config.json")
+    config, version = _read(home / "config.json", Network)
     unet = network_config(config, home / "config.json")
     places = (folder, folder / "scheduler", folder.parent / "scheduler")
     schedules = [p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()]
@@ -122,61 +116,45 @@ def import_diffusers(folder: Path, recipe: str, overrides: Iterable[str] = ()) -
         raise CheckpointError(
             f"{folder}: no scheduler_config.json, which says what the network was trained on; save it beside"
         )
-    _demand_schedule(_read_json(schedules[0]), schedules[0])
+    _read(schedules[0], Schedule)
     source, tensors = _read_weights(home)
     given = {
         "network": asdict(unet),
         "image": {"size": unet.image_size, "resize": unet.image_size, "mean": [0.5] * 3, "std": [0.5] * 3},
         "encoder": {"path": "vp"},
     }
-    origin = {"from": "diffusers", "version": config.get("_diffusers_version")}
-    flipped = config.get("flip_sin_to_cos", SHAPE["flip_sin_to_cos"])
-    return Imported(
-        load_recipe(recipe, overrides, given), source, origin, convert(tensors, unet, flipped, source)
-    )
+    net = convert(tensors, unet, config.flip_sin_to_cos, source)
+    return Imported(load_recipe(recipe, overrides, given), source, "diffusers", version, net)
 
 
-def network_config(config: dict[str, Any], where: Path) -> UNetConfig:
-    """Our network of the shape that diffusers' config describes. Raises CheckpointError."""
-    _demand(config, NETWORK, where)
-    unknown = [k for k in config if k not in NETWORK and k not in SHAPE and k not in IGNORED and k[0] != "_"]
-    if unknown:
-        raise CheckpointError(f"{where}: unknown keys {', '.join(unknown)}; they may change what it computes")
-    shape = SHAPE | config
-    for key, good in TYPES.items():
-        if not good(shape[key]):
-            raise CheckpointError(f"{where}: {key} is {shape[key]!r}, which is none that a network can have")
-    widths, down, up = (shape[k] for k in ("block_out_channels", "down_block_types", "up_block_types"))
-    kinds = ("DownBlock2D", "AttnDownBlock2D")
-    mirrored = [k.replace("Down", "Up") for k in reversed(down)]
-    if not set(down) <= set(kinds) or up != mirrored or len(down) != len(widths):
+def network_config(config: Network, where: Path) -> UNetConfig:
+    """Our network of the shape that diffusers' configuration describes. Raises CheckpointError."""
+    widths, down = config.block_out_channels, config.down_block_types
+    mirrored = tuple(kind.replace("Down", "Up") for kind in reversed(down))
+    if config.up_block_types != mirrored or len(down) != len(widths):
         raise CheckpointError(
-            f"{where}: blocks {', '.join(down)} and {', '.join(up)}; accepted are {' and '.join(kinds)}, "
-            "one for each of block_out_channels, and the same upwards in reverse"
+            f"{where}: blocks {', '.join(down)} and {', '.join(config.up_block_types)}; accepted is one for each of "
+            "block_out_channels, and the same upwards in reverse"
         )
     if any(w % widths[0] for w in widths):
         raise CheckpointError(
             f"{where}: block_out_channels {widths}; accepted are multiples of the first of them"
         )
-    if shape["downsample_padding"] not in (0, 1):
-        raise CheckpointError(
-            f"{where}: downsample_padding is {shape['downsample_padding']!r}; accepted are 0 and 1"
-        )
     try:
         return UNetConfig(
-            image_size=shape["sample_size"],
+            image_size=config.sample_size,
             channels=widths[0],
             multipliers=tuple(w // widths[0] for w in widths),
-            blocks=shape["layers_per_block"],
-            attention=tuple(2**i for i, kind in enumerate(down) if kind == kinds[1]),
+            blocks=config.layers_per_block,
+            attention=tuple(2**i for i, kind in enumerate(down) if kind == "AttnDownBlock2D"),
             heads=1,
-            groups=shape["norm_num_groups"],
-            head_channels=shape["attention_head_dim"] or 0,
+            groups=config.norm_num_groups,
+            head_channels=config.attention_head_dim or 0,
             scale_shift=False,
-            eps=shape["norm_eps"],
-            pad_after=shape["downsample_padding"] == 0,
+            eps=config.norm_eps,
+            pad_after=config.downsample_padding == 0,
             times=TIMES,
-            freq_shift=shape["freq_shift"],
+            freq_shift=config.freq_shift,
         )
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -276,26 +254,8 @@ def _renamed(name: str) -> str:
     return ".".join([*path, OLD_NAMES.get(layer, layer), kind])
 
 
-def _demand_schedule(found: dict[str, Any], where: Path) -> None:
-    """Raise CheckpointError for the schedule of anything but a DDPM that predicts noise."""
-    kind, absent = found.get("_class_name"), [key for key in STATED if key not in found]
-    if kind not in SCHEDULERS or absent:
-        lack = f" without {', '.join(absent)}" if absent else ""
-        raise CheckpointError(
-            f"{where}: a schedule of {kind}{lack}; accepted is a DDPM's, with {', '.join(STATED)}, of "
-            f"{', '.join(SCHEDULERS)}"
-        )
-    _demand(found, SCHEDULE, where)
-
-
-def _demand(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Raise CheckpointError that says what was found where it is not what is accepted; absent is the default."""
-    wrong = [f"{k} is {found[k]!r}, accepted is {v!r}" for k, v in wanted.items() if found.get(k, v) != v]
-    if wrong:
-        raise CheckpointError(f"{where}: {'; '.join(wrong)}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: type[Table]) -> tuple[Table, str]:
+    """(a configuration that diffusers' save_pretrained wrote, diffusers' version). Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the folder that diffusers' save_pretrained wrote")
     try:
@@ -304,7 +264,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: a table of keys is needed, this is {found!r}")
-    return found
+    # diffusers' own notes begin with _; the rest may change what is computed.
+    table = {k: v for k, v in found.items() if not k.startswith("_") or k == "_class_name"}
+    try:
+        return kind.model_validate_json(json.dumps(table)), str(found.get("_diffusers_version", ""))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise CheckpointError(f"{path}: no DDPM that can be reversed here ({'; '.join(wrong)})") from None
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

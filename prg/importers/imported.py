@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from entry.config import sha256
-from prg.checkpoint import Checkpoint, CheckpointError, load_strictly, save_checkpoint
-from prg.recipe import Recipe, recipe_table
+from prg.checkpoint import Checkpoint, Facts, Stage, load_strictly, save_checkpoint
+from prg.checkpoint import Imported as Origin
+from prg.errors import CheckpointError
+from prg.recipe import Recipe
 from prg.training.finetune import build_classifier
 from prg.training.run import Run
 from prg.unet import UNet
@@ -24,8 +26,10 @@ class Imported:
     recipe: Recipe
     source: Path
     """The file of the weights."""
-    origin: dict[str, Any]
-    """What a reader of the entry should know of it, beside the file's name and sum."""
+    origin: str
+    """Whose file it is."""
+    version: str
+    """Whatever the file says of its own version or epoch."""
     net: dict[str, Tensor]
     head: dict[str, Tensor] | None = None
     classes: tuple[str, ...] = ()
@@ -81,20 +85,17 @@ def write_run(folder: Path, imported: Imported) -> Run:
             )
     net = UNet(recipe.unet)
     load_strictly(net, imported.net, imported.source)
-    pretrained = _facts(imported, "pretrain")
     checkpoints = {
-        run.pretrained: Checkpoint({f"average.{k}": v for k, v in imported.net.items()}, pretrained)
+        run.pretrained: Checkpoint(
+            {f"average.{k}": v for k, v in imported.net.items()}, _facts(imported, "pretrain", ())
+        )
     }
     if imported.head is not None:
-        model = build_classifier(recipe, len(imported.classes))
-        load_strictly(model.encoder.net, imported.net, imported.source)
+        model = build_classifier(net, recipe, len(imported.classes))
         load_strictly(model.head, imported.head, imported.source)
-        facts = _facts(imported, "finetune") | {
-            "classes": list(imported.classes),
-            "pretraining": pretrained,
-        }
         checkpoints[run.finetuned] = Checkpoint(
-            {f"average.{k}": v for k, v in model.state_dict().items()}, facts
+            {f"average.{k}": v for k, v in model.state_dict().items()},
+            _facts(imported, "finetune", imported.classes),
         )
     try:
         for path, checkpoint in checkpoints.items():
@@ -107,19 +108,19 @@ def write_run(folder: Path, imported: Imported) -> Run:
     return run
 
 
-def _facts(imported: Imported, kind: str) -> dict[str, Any]:
-    """The facts of a checkpoint that was not trained here: no step, no second, no image is known."""
-    table = recipe_table(imported.recipe)
-    del table["data"]["source"]
-    settings = {k: table[k] for k in ("seed", "network", "image", "data", "encoder", kind)}
-    origin = {"file": imported.source.name, "sha256": sha256(imported.source), **imported.origin}
-    return {
-        "kind": kind,
-        "settings": settings | {"imported": origin},
-        "step": 0,
-        "steps": 0,
-        "precision": "fp32",
-        "seconds": 0.0,
-        "torch": torch.__version__,
-        "device": "imported",
-    }
+def _facts(imported: Imported, stage: Stage, classes: tuple[str, ...]) -> Facts:
+    """Of a checkpoint that was not trained here: nothing is known of its images."""
+    source = imported.source
+    return Facts(
+        stage=stage,
+        recipe=imported.recipe.without_source(),
+        trained=None,
+        imported=Origin(
+            origin=imported.origin, file=source.name, sha256=sha256(source), version=imported.version
+        ),
+        classes=classes,
+        init="",
+        held_out=None,
+        history=(),
+        cross_validated=None,
+    )

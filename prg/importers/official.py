@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prg.checkpoint import CheckpointError
+from prg.errors import CheckpointError
+from prg.images.splits import splits
 from prg.importers.imported import Imported, read_tensors
 from prg.recipe import Recipe
-from prg.training.sources import splits
 from prg.unet import time_embedding
 
 WRAPPERS = ("module", "_orig_mod")
@@ -45,8 +45,7 @@ def import_official(path: Path, recipe: Recipe) -> Imported:
     net = parts[NETWORK] or parts[ENCODER]
     if recipe.encoder.path == "gvp":
         net = turn_time(net)
-    origin = {"from": "official PRG release", "epoch": saved.get("iteration")}
-    imported = Imported(recipe, path, origin, net)
+    imported = Imported(recipe, path, "official PRG release", f"epoch {saved.get('iteration')}", net)
     if not parts[HEAD]:
         return imported
     return replace(imported, head=parts[HEAD], classes=_classes(parts[HEAD], recipe, path))

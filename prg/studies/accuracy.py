@@ -2,13 +2,12 @@
 
 from typing import Any
 
+from prg.evaluation import BINS, Evaluation
 from prg.studies.report import Cell, Draw, Report, draw_axes
-from prg.training.calibration import BINS
-from prg.training.evaluate import Evaluation
 
 
-def accuracy(evaluation: Evaluation) -> Report:
-    """One evaluation as JSON, table and figure."""
+def accuracy(evaluation: Evaluation, model: str) -> Report:
+    """One evaluation as JSON, table and figure; `model` names what was evaluated."""
     figures, calibrated = evaluation.accuracy, evaluation.calibration
     labels = evaluation.entry.prg.labels or ()
     rows: list[tuple[Cell, ...]] = [
@@ -36,7 +35,12 @@ def accuracy(evaluation: Evaluation) -> Report:
                 "images": calibrated.counts,
             },
         },
-        conditions={"data": figures.data, "images": figures.images},
+        conditions={
+            "model": model,
+            "fingerprint": evaluation.entry.fingerprint(evaluation.version),
+            "data": figures.data,
+            "images": figures.images,
+        },
     )
 
 

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 
+from prg.console import track
+from prg.errors import DataError
+from prg.images.material import Material
+from prg.images.sets import same_classes, sample
 from prg.studies.probes import NEIGHBOURS, linear_probe, nearest_neighbours, top1
 from prg.studies.report import Cell, Report, draw_axes
-from prg.studies.subject import Material, Solve, Subject, some
-from prg.training.data import same_classes
-from prg.training.progress import track
-from prg.training.sources import DataError
+from prg.studies.subject import Solve, Subject
 
 LEVELS = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 STEPS = (1, 2, 4)
@@ -17,18 +18,18 @@ COLUMNS = ("t_end", "steps", "feature", "linear probe", "k-NN")
 
 
 def levels(subject: Subject, material: Material, limit: int | None) -> Report:
-    """Probes fitted on `limit` training images, judged on a quarter as many of those held back."""
+    """Probes fitted on `limit` training images, evaluated on a quarter as many of those held out."""
     training, held = material.training()
     if training.labels is None:
         raise DataError(f"{material.source}: no labels; this study needs them")
     classes = len(training.classes)
-    training = some(training, limit)
+    training = sample(training, limit)
     if len(training) < 4 * classes:
         raise DataError(
-            f"{len(training)} images are too few to fit probes of {classes} classes to and to judge them by a "
+            f"{len(training)} images are too few to fit probes of {classes} classes to and to evaluate them on a "
             f"quarter as many: at least {4 * classes} are needed"
         )
-    held = some(held, max(1, len(training) // 4))
+    held = sample(held, max(1, len(training) // 4))
     held = same_classes(held, training.classes, material.source)
     assert training.labels is not None
     assert held.labels is not None
@@ -41,8 +42,8 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
     total = sum(subject.evaluations(*cell) for cell in cells) * (len(training) + len(held))
     with track(f"{subject.name}: levels", total, "evaluations") as bar:
         for level, solve in cells:
-            fitted = subject.features(training, level, solve, bar)
-            judged = subject.features(held, level, solve, bar)
+            fitted = subject.features(training.pixels, level, solve, bar)
+            judged = subject.features(held.pixels, level, solve, bar)
             for name in ("state", "hidden"):
                 a: np.ndarray = getattr(fitted, name)
                 b: np.ndarray = getattr(judged, name)
@@ -53,8 +54,8 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
         title="Levels: what the features tell about the class",
         about="Accuracy of a linear probe (logistic regression by LBFGS, its penalty chosen on a part of its own "
         f"training features) and of {NEIGHBOURS} nearest neighbours by cosine of the centred features, for the "
-        "state at t_end and the activations there. Probes are fitted on images of the training split and judged "
-        "on images held back from it; the test split is not read. t_end = 1 is the image itself, without a solve.",
+        "state at t_end and the activations there. Probes are fitted on images of the training split and evaluated "
+        "on images held out from it; the test split is not read. t_end = 1 is the image itself, without a solve.",
         columns=COLUMNS,
         rows=rows,
         figures={"": draw_axes(lambda axes: _paint(axes, rows), panels=2)},

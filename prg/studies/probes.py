@@ -1,4 +1,4 @@
-"""Linear probe and nearest neighbours: what frozen features tell about classes."""
+"""Linear probe and nearest neighbours: how much frozen features say about classes."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from entry.vectors import unit_length
+from prg.logistic import fit_logistic
 
 NEIGHBOURS = 20
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -31,7 +34,7 @@ class LinearProbe:
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> LinearProbe:
-    """Fit on features [N, D]; the penalty is the best of PENALTIES on a part held back from these, then refitted."""
+    """Fit on features [N, D]; the penalty is the best of PENALTIES on a part held out from these, then refitted."""
     order = np.random.default_rng(0).permutation(len(labels))
     held = max(1, round(INNER * len(labels)))
     inner, rest = order[:held], order[held:]
@@ -43,27 +46,12 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> Line
     return fit(features, labels, classes, best)
 
 
-def fit(
-    features: np.ndarray, labels: np.ndarray, classes: int, penalty: float, steps: int = 100
-) -> LinearProbe:
-    """One regression, by LBFGS from zero: convex, so that nothing depends on a seed."""
-    x, y = torch.from_numpy(features), torch.from_numpy(labels)
+def fit(features: np.ndarray, labels: np.ndarray, classes: int, penalty: float) -> LinearProbe:
+    """One regression on standardised features."""
+    x = torch.from_numpy(features)
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    x = (x - mean) / scale
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), y) + 0.5 * penalty * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    return LinearProbe(mean, scale, weight.detach(), bias.detach(), penalty)
+    weight, bias = fit_logistic((x - mean) / scale, torch.from_numpy(labels), classes, penalty)
+    return LinearProbe(mean, scale, weight, bias, penalty)
 
 
 def nearest_neighbours(
@@ -71,7 +59,7 @@ def nearest_neighbours(
 ) -> np.ndarray:
     """Votes [N, K] of each query's k nearest by cosine, weighted by exp(cosine / 0.07) (Wu et al. 2018)."""
     mean = features.mean(0)
-    bank, asked = unit(features - mean), unit(queries - mean)
+    bank, asked = unit_length(features - mean), unit_length(queries - mean)
     cosine = asked @ bank.T
     near = np.argpartition(-cosine, min(k, len(labels)) - 1, axis=1)[:, :k]
     weight = np.exp((np.take_along_axis(cosine, near, 1) - 1) / 0.07)
@@ -79,12 +67,6 @@ def nearest_neighbours(
     for c in range(classes):
         votes[:, c] = (weight * (labels[near] == c)).sum(1)
     return votes
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
-    out: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return out
 
 
 def top1(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prg.machine import choose_device, device_name
+from prg.publish import commit
+
 Draw = Callable[[Path], None]
 """draw(path): write a PNG there."""
 Cell = str | int | float | None
@@ -48,21 +53,15 @@ def write(report: Report, folder: Path, name: str) -> list[Path]:
 
 def conditions() -> dict[str, Any]:
     """This machine and this day, for the record."""
-    import torch
-
-    from prg.training.loop import device_name
-    from prg.training.publish import commit
-    from prg.training.run import choose_device
-
     return {"device": device_name(choose_device()), "torch": torch.__version__, "commit": commit()}
 
 
 def page(report: Report, figures: Sequence[str]) -> str:
     """The Markdown page."""
-    told = [f"- {k.replace('_', ' ')}: {shown(v)}" for k, v in report.conditions.items() if k != "command"]
+    facts = [f"- {k.replace('_', ' ')}: {cell(v)}" for k, v in report.conditions.items() if k != "command"]
     command = [f"```\n{report.conditions['command']}\n```", ""] if "command" in report.conditions else []
     pictures = [f"![{report.title}]({name})" for name in figures]
-    parts = [f"# {report.title}", "", report.about, "", *command, *told, "", table(report)]
+    parts = [f"# {report.title}", "", report.about, "", *command, *facts, "", table(report)]
     return "\n".join(parts) + "".join(f"\n\n{p}" for p in pictures) + "\n"
 
 
@@ -73,11 +72,11 @@ def table(report: Report) -> str:
         "| " + " | ".join(report.columns) + " |",
         "|" + "|".join("---:" if n else "---" for n in numeric) + "|",
     ]
-    lines += ["| " + " | ".join(shown(cell) for cell in row) + " |" for row in report.rows]
+    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in report.rows]
     return "\n".join(lines)
 
 
-def shown(value: object) -> str:
+def cell(value: object) -> str:
     """A cell: four significant digits of a float, thousands parted, nothing for None."""
     if value is None:
         return ""

@@ -4,31 +4,32 @@ from typing import Any
 
 import numpy as np
 
+from prg.console import Bar, track
+from prg.errors import DataError
+from prg.images.material import Material
+from prg.images.sets import same_classes, sample
 from prg.studies.corruptions import CORRUPTIONS, PUBLISHED, SEVERITIES, corrupted
 from prg.studies.probes import top1
 from prg.studies.report import Cell, Draw, Report, draw_axes
-from prg.studies.subject import Material, Subject, some
-from prg.training.data import Images, same_classes
+from prg.studies.subject import Subject
 from prg.training.figures import save_grid
-from prg.training.progress import Bar, track
-from prg.training.sources import DataError
 
 COLUMNS = ("corruption", "group", *(f"severity {s}" for s in SEVERITIES), "mean")
 
 
-def robustness(subject: Subject, material: Material, limit: int | None) -> Report:
+def robustness(subject: Subject, material: Material, split: str, limit: int | None) -> Report:
     """The served classifier, its own solve and level, on every corruption of the test images."""
     level = subject.classify_t_end
     side = subject.prg.image.size
     if side not in PUBLISHED:
         sides = " and ".join(map(str, PUBLISHED))
         raise DataError(f"{subject.name}: takes {side}-pixel images; severities are published for {sides}")
-    name, images = material.test()
-    images = same_classes(some(images, limit), subject.prg.labels or (), material.source)
+    name, images = material.evaluated(split)
+    images = same_classes(sample(images, limit), subject.prg.labels or (), material.source)
     assert images.labels is not None
 
     def accuracy(pixels: np.ndarray, bar: Bar) -> float:
-        logits = subject.features(Images(pixels, None, ()), level, subject.own, bar).logits
+        logits = subject.features(pixels, level, subject.own, bar).logits
         assert logits is not None
         assert images.labels is not None
         return top1(logits, images.labels)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prg.recipe import Image
+from prg.images.material import Material
+from prg.images.sets import sample
 from prg.studies.report import Cell, Draw, Report, draw_axes
-from prg.studies.subject import BATCH, Material, Solve, Subject, some
-from prg.training.figures import save_grid, to_pixels
+from prg.studies.subject import BATCH, Solve, Subject
+from prg.training.figures import save_grid
 
 LEVELS = (0.8, 0.4, 0.0)
 SOLVES = tuple(
@@ -27,7 +28,7 @@ COLUMNS = ("t_end", "solver", "steps", "evaluations", "relative error", "PSNR, d
 
 def round_trip(subject: Subject, material: Material, limit: int | None) -> Report:
     """There and back by the same solve: the flow is invertible, so what is lost is the solver's error."""
-    images = some(material.training()[1], limit)
+    images = sample(material.training()[1], limit)
     rows: list[tuple[Cell, ...]] = []
     for level in LEVELS:
         for solve in SOLVES:
@@ -37,7 +38,7 @@ def round_trip(subject: Subject, material: Material, limit: int | None) -> Repor
         title="Round trip: reversed to t_end and generated back",
         about="Each image is reversed to t_end and brought back to t = 1 by the same solver with as many steps. "
         "Relative error: length of the difference over length of the image, in the network's units, mean over "
-        "images. PSNR: of pixels. Images are held back from training. Evaluations are those of both ways.",
+        "images. PSNR: of pixels. Images are held out from training. Evaluations are those of both ways.",
         columns=COLUMNS,
         rows=rows,
         figures={
@@ -60,15 +61,10 @@ def _error(subject: Subject, pixels: np.ndarray, level: float, solve: Solve) -> 
         x = subject.latents(part)
         back = _there_and_back(subject, x, level, solve)
         errors.append(((back - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).cpu().numpy())
-        difference = to_pixels(back, _image(subject)).astype(float) - part
+        difference = subject.pixels(back).astype(float) - part
         mse = np.maximum((difference**2).mean(axis=(1, 2, 3)), 1 / 255)
         psnrs.append(10 * np.log10(255**2 / mse))
     return float(np.concatenate(errors).mean()), float(np.concatenate(psnrs).mean())
-
-
-def _image(subject: Subject) -> Image:
-    spec = subject.prg.image
-    return Image(spec.size, spec.resize, spec.mean, spec.std)
 
 
 def _pictures(subject: Subject, pixels: np.ndarray) -> Draw:
@@ -77,7 +73,7 @@ def _pictures(subject: Subject, pixels: np.ndarray) -> Draw:
     def draw(path: Path) -> None:
         x = subject.latents(pixels)
         shown = (Solve("euler", 1), Solve("euler", 4), Solve("euler", 16), Solve("rk4", 8))
-        back = [to_pixels(_there_and_back(subject, x, 0.0, solve), _image(subject)) for solve in shown]
+        back = [subject.pixels(_there_and_back(subject, x, 0.0, solve)) for solve in shown]
         save_grid(np.concatenate([pixels, *back]), len(pixels), path)
 
     return draw

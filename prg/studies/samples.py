@@ -3,40 +3,40 @@
 import numpy as np
 import torch
 
-from prg.recipe import Image
+from prg.console import track
+from prg.errors import DataError
+from prg.images.material import Material
+from prg.images.sets import sample
 from prg.studies.report import Cell, Draw, Report
-from prg.studies.subject import BATCH, Material, Solve, Subject, some
-from prg.training.data import Images
-from prg.training.figures import save_grid, to_pixels
-from prg.training.progress import track
-from prg.training.sources import DataError
+from prg.studies.subject import BATCH, Solve, Subject
+from prg.training.figures import save_grid
 
 SOLVES = (Solve("euler", 4), Solve("euler", 25), Solve("heun", 25))
 SHOWN = 100
 COLUMNS = ("what", "solver", "steps", "Fréchet distance")
 
 
-def samples(subject: Subject, material: Material, limit: int | None) -> Report:
+def samples(subject: Subject, judge: Subject, material: Material, limit: int | None) -> Report:
     """As many samples as `limit`, compared with as many images of the training split by the judge's HIDDEN."""
-    data, judge = material.training()[0], material.judge
+    data = material.training()[0]
     count = min(limit or len(data) // 2, len(data) // 2)
     if count < 2 * judge.prg.features.hidden.dim:
         raise DataError(
             f"{material.source}: {count} images on each side are too few for the covariance of "
             f"{judge.prg.features.hidden.dim} features; at least {2 * judge.prg.features.hidden.dim} are needed"
         )
-    both = some(data, 2 * count)
+    both = sample(data, 2 * count)
     order = np.random.default_rng(0).permutation(2 * count)
     one, other = both.subset(np.sort(order[:count])), both.subset(np.sort(order[count:]))
-    reference = _hidden(judge, one)
+    reference = _hidden(judge, one.pixels)
     rows: list[tuple[Cell, ...]] = [
-        ("data against data", None, None, frechet_distance(_hidden(judge, other), reference))
+        ("data against data", None, None, frechet_distance(_hidden(judge, other.pixels), reference))
     ]
     sheets = {}
     for solve in SOLVES:
         made = generate(subject, count, solve)
         rows.append(("samples", solve.solver, solve.steps, frechet_distance(_hidden(judge, made), reference)))
-        sheets[f"{solve.solver}-{solve.steps}"] = made.pixels[:SHOWN]
+        sheets[f"{solve.solver}-{solve.steps}"] = made[:SHOWN]
     fingerprint = judge.entry.fingerprint(judge.version)
     feature = (
         f"HIDDEN of {judge.name} (version {judge.version}, {fingerprint}) at t_end = {judge.prg.t_end:g}"
@@ -58,27 +58,26 @@ def _grid(pixels: np.ndarray) -> Draw:
     return lambda path: save_grid(pixels, 10, path, zoom=2)
 
 
-def generate(subject: Subject, count: int, solve: Solve, seed: int = 0) -> Images:
-    """Images from noise by the subject's flow, the same for the same seed."""
-    spec = subject.prg.image
-    image = Image(spec.size, spec.resize, spec.mean, spec.std)
+def generate(subject: Subject, count: int, solve: Solve, seed: int = 0) -> np.ndarray:
+    """Images uint8 [N, 3, S, S] from noise by the subject's flow, the same for the same seed."""
+    side = subject.prg.image.size
     generator = torch.Generator().manual_seed(seed)
     parts = []
     with track(f"generating, {solve}", count) as bar:
         for start in range(0, count, BATCH):
             size = min(BATCH, count - start)
-            noise = torch.randn(size, 3, spec.size, spec.size, generator=generator).to(subject.device)
-            parts.append(to_pixels(subject.flow(noise, 0.0, 1.0, solve), image))
+            noise = torch.randn(size, 3, side, side, generator=generator).to(subject.device)
+            parts.append(subject.pixels(subject.flow(noise, 0.0, 1.0, solve)))
             bar.advance(size)
-    return Images(np.concatenate(parts), None, ())
+    return np.concatenate(parts)
 
 
-def _hidden(judge: Subject, images: Images) -> np.ndarray:
+def _hidden(judge: Subject, pixels: np.ndarray) -> np.ndarray:
     level, solve = judge.prg.t_end, judge.own
     with track(
-        f"features by {judge.name}", len(images) * judge.evaluations(level, solve), "evaluations"
+        f"features by {judge.name}", len(pixels) * judge.evaluations(level, solve), "evaluations"
     ) as bar:
-        return judge.features(images, level, solve, bar).hidden
+        return judge.features(pixels, level, solve, bar).hidden
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from prg.console import track
+from prg.evaluation import calibration
+from prg.images.material import Material
+from prg.images.sets import same_classes, sample
 from prg.solver import TABLEAUS
 from prg.studies.probes import top1
 from prg.studies.report import Cell, Report, draw_axes
-from prg.studies.subject import Material, Solve, Subject, some
-from prg.training.calibration import calibration
-from prg.training.data import same_classes
-from prg.training.progress import track
+from prg.studies.subject import Solve, Subject
 
 STEPS = (1, 2, 3, 4, 8, 16)
 MOST_EVALUATIONS = 16
@@ -16,17 +17,17 @@ COLUMNS = ("solver", "steps", "evaluations", "top-1", "NLL")
 
 
 def steps(subject: Subject, material: Material, limit: int | None) -> Report:
-    """The head as it was trained, behind other solves than its own, on images held back from training."""
+    """The head as it was trained, behind other solves than its own, on images held out from training."""
     level = subject.classify_t_end
     labels = subject.prg.labels or ()
-    held = same_classes(some(material.training()[1], limit), labels, material.source)
+    held = same_classes(sample(material.training()[1], limit), labels, material.source)
     assert held.labels is not None
     rows: list[tuple[Cell, ...]] = []
     solves = [s for solver in TABLEAUS for n in STEPS if (s := Solve(solver, n)).nfe <= MOST_EVALUATIONS]
     total = sum(subject.evaluations(level, solve) for solve in solves) * len(held)
     with track(f"{subject.name}: steps", total, "evaluations") as bar:
         for solve in solves:
-            logits = subject.features(held, level, solve, bar).logits
+            logits = subject.features(held.pixels, level, solve, bar).logits
             assert logits is not None
             nll = calibration(logits, held.labels).nll
             rows.append((solve.solver, solve.steps, solve.nfe + 1, top1(logits, held.labels), nll))
@@ -34,7 +35,7 @@ def steps(subject: Subject, material: Material, limit: int | None) -> Report:
     return Report(
         title="Steps: accuracy against network evaluations",
         about=f"The classifier at its own level t_end = {level:g}, reversed by other solvers and numbers of steps "
-        f"than the {own} it was fine-tuned with, on images held back from training. Evaluations include the "
+        f"than the {own} it was fine-tuned with, on images held out from training. Evaluations include the "
         "further one for the activations.",
         columns=COLUMNS,
         rows=rows,

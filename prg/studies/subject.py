@@ -1,6 +1,5 @@
 """What is studied: an entry's own module, opened up to its velocity field and its head."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from entry.config import EntryError
 from entry.runner import Runner
+from prg.console import Bar
 from prg.encoder import pooled_state
+from prg.images.augmentation import normalise
+from prg.machine import choose_device
 from prg.paths import PATHS
 from prg.solver import TABLEAUS, integrate
-from prg.training.augmentation import normalise
-from prg.training.data import Images
-from prg.training.progress import Bar
-from prg.training.run import choose_device
+from prg.training.figures import to_pixels
 
 BATCH = 64
 
@@ -88,6 +87,10 @@ class Subject:
         tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
         return normalise(tensor, self.prg.image.mean, self.prg.image.std)
 
+    def pixels(self, x: Tensor) -> np.ndarray:
+        """The network's own units -> uint8 [B, 3, S, S]."""
+        return to_pixels(x, self.prg.image.mean, self.prg.image.std)
+
     def flow(self, x: Tensor, t_from: float, t_to: float, solve: Solve) -> Tensor:
         """x at t_from -> the state at t_to; times past the path's t_start are taken as t_start."""
         start, end = min(t_from, self.t_start), min(t_to, self.t_start)
@@ -100,13 +103,16 @@ class Subject:
         """Of the network, for one image's features: those of the solve, and one for the activations."""
         return 1 + (solve.nfe if t_end < self.t_start else 0)
 
-    def features(self, images: Images, t_end: float, solve: Solve, bar: Bar) -> Features:
-        """Both features (and logits) of all images, reversed to t_end by `solve`; `bar` is told the evaluations."""
+    def features(self, pixels: np.ndarray, t_end: float, solve: Solve, bar: Bar) -> Features:
+        """Both features (and logits) of pixels uint8 [N, 3, S, S], reversed to t_end by `solve`.
+
+        `bar` counts network evaluations.
+        """
         parts: list[tuple[np.ndarray, ...]] = []
         each = self.evaluations(t_end, solve)
         with torch.inference_mode():
-            for start in range(0, len(images), BATCH):
-                x = self.latents(images.pixels[start : start + BATCH])
+            for start in range(0, len(pixels), BATCH):
+                x = self.latents(pixels[start : start + BATCH])
                 z = self.flow(x, 1.0, t_end, solve)
                 t = torch.full((len(x),), min(t_end, self.t_start), device=self.device)
                 state = pooled_state(z)
@@ -119,24 +125,3 @@ class Subject:
                 bar.advance(len(x) * each, f"t_end {t_end:g}, {solve}")
         whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return Features(whole[0], whole[1], whole[2] if len(whole) > 2 else None)
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a study may use. Whatever is chosen by looking is chosen on `training`, never on `test`."""
-
-    source: str
-    training: Callable[[], tuple[Images, Images]]
-    """(trained on, held back from training)."""
-    test: Callable[[], tuple[str, Images]]
-    """(name, images to be judged by)."""
-    judge: Subject
-    """Whose features generated images are compared in."""
-
-
-def some(images: Images, limit: int | None, seed: int = 0) -> Images:
-    """At most `limit` of the images, drawn at random, the same for the same seed."""
-    if limit is None or limit >= len(images):
-        return images
-    index = np.random.default_rng([seed, 0xF0]).permutation(len(images))[:limit]
-    return images.subset(np.sort(index))

@@ -1,39 +1,28 @@
 """Pictures beside a checkpoint: loss curve, generated samples, reverse trajectory."""
 
 import json
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prg.console import note
 from prg.encoder import Encoder
-from prg.paths import PATHS, VelocityField
-from prg.recipe import Image, Recipe
+from prg.images.augmentation import normalise
+from prg.recipe import Image
 from prg.solver import integrate
-from prg.training.augmentation import normalise
-from prg.unet import UNet
 
 LEVELS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 
 
-def can_plot() -> bool:
-    """Whether curves can be drawn here."""
-    return find_spec("matplotlib") is not None
-
-
 def loss_curve(folder: Path) -> None:
-    """metrics.jsonl -> curves.png: training loss, and every figure measured on the validation images.
-
-    Where matplotlib is missing, as on a rented machine it may be, the training is worth more than its picture.
-    """
-    if not can_plot():
-        print(f"{folder / 'curves.png'}: not drawn, matplotlib is not installed", file=sys.stderr)
+    """metrics.jsonl -> curves.png: training loss, and every figure measured on the validation images."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:  # on a rented machine, a training is worth more than its picture
+        note(f"{folder / 'curves.png'}: not drawn, matplotlib is not installed")
         return
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -56,41 +45,33 @@ def loss_curve(folder: Path) -> None:
 
 
 @torch.no_grad()
-def samples(net: UNet, recipe: Recipe, path: Path, count: int = 64, steps: int = 25) -> None:
+def samples(encoder: Encoder, image: Image, seed: int, path: Path, count: int = 64, steps: int = 25) -> None:
     """Images generated from noise (Heun's method) in a square grid."""
-    device = next(net.parameters()).device
-    side = recipe.image.size
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    noise = torch.randn(count, 3, side, side, generator=generator, device=device)
-    route = PATHS[recipe.encoder.path]
-    field = VelocityField(net, predicts_noise=route.predicts_noise)
-    x = integrate(field, noise, 0.0, route.t_start, steps, "heun")
-    columns = round(count**0.5)
-    save_grid(to_pixels(x, recipe.image), columns, path)
+    device = next(encoder.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = torch.randn(count, 3, image.size, image.size, generator=generator, device=device)
+    x = integrate(encoder.field, noise, 0.0, encoder.t_start, steps, "heun")
+    save_grid(to_pixels(x, image.mean, image.std), round(count**0.5), path)
 
 
 @torch.no_grad()
-def trajectory(net: UNet, recipe: Recipe, pixels: np.ndarray, path: Path) -> None:
+def trajectory(encoder: Encoder, image: Image, pixels: np.ndarray, path: Path) -> None:
     """Each image (uint8 [N, 3, S, S]) on its way from data (left) to noise (right), a row each."""
-    device = next(net.parameters()).device
-    encoder = Encoder(net, recipe.encoder)
-    x = normalise(
-        torch.from_numpy(np.ascontiguousarray(pixels)).to(device), recipe.image.mean, recipe.image.std
-    )
+    device = next(encoder.parameters()).device
+    x = normalise(torch.from_numpy(np.ascontiguousarray(pixels)).to(device), image.mean, image.std)
     states = []
     for level in LEVELS:
         steps = max(1, round((1 - level) * 20))
         z = integrate(encoder.field, x, encoder.t_start, min(level, encoder.t_start), steps)
-        states.append(to_pixels(z, recipe.image))
+        states.append(to_pixels(z, image.mean, image.std))
     rows = np.stack(states, axis=1).reshape(-1, *states[0].shape[1:])
     save_grid(rows, len(LEVELS), path)
 
 
-def to_pixels(x: Tensor, image: Image) -> np.ndarray:
+def to_pixels(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """Network units [B, 3, S, S] -> uint8 of the same shape, clipped."""
-    mean = torch.tensor(image.mean, device=x.device)[:, None, None]
-    std = torch.tensor(image.std, device=x.device)[:, None, None]
-    pixels: np.ndarray = ((x * std + mean).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    m, s = (torch.tensor(values, device=x.device)[:, None, None] for values in (mean, std))
+    pixels: np.ndarray = ((x * s + m).clamp(0, 1) * 255).round().byte().cpu().numpy()
     return pixels
 
 

@@ -1,28 +1,30 @@
-"""Fine-tuning: encoder and head together, through the reverse ODE."""
+"""Fine-tuning: encoder and head together, through the reverse ODE; or a head on the frozen encoder."""
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prg.checkpoint import CheckpointError, load_checkpoint, load_strictly, read_facts
+from prg.checkpoint import Facts, load_checkpoint, load_strictly
 from prg.classifier import Classifier
+from prg.console import is_main_process
 from prg.encoder import Encoder
+from prg.errors import CheckpointError
+from prg.images.augmentation import augment, mix, normalise
+from prg.images.held_out import hold_out
+from prg.images.sets import Images
+from prg.machine import choose_device, training_precision
 from prg.paths import PATHS, flow_matching_loss
 from prg.recipe import Recipe
 from prg.training import figures, processes
-from prg.training.augmentation import augment, mix, normalise
-from prg.training.compiled import compile_network
-from prg.training.data import Images, check_held_back
 from prg.training.frozen import fit_head
-from prg.training.initial import load_initial
-from prg.training.loop import Batch, Job, Loss, Prepare, train
-from prg.training.pretrain import draw
-from prg.training.run import Run, choose_device
+from prg.training.loop import Batch, Job, Loss, Prepare, is_complete, not_begun, steps_of, train
+from prg.training.pretrain import compile_network, draw
+from prg.training.run import Run
+from prg.training.start import Start, load_start
 from prg.unet import UNet
 
 VALIDATION_BATCH = 256
@@ -33,87 +35,85 @@ SHOWN = 10
 def finetune(run: Run, init: Path | None = None) -> None:
     """Train the run's classifier, or go on with it.
 
-    init: the checkpoint or entry to begin from; by default the run's own pretraining.
+    init: the checkpoint or entry to begin from; by default the run's own pretraining. Raises CheckpointError,
+    EntryError, DataError.
     """
-    run.check_trained_here(run.finetuned)
-    images, held_back = run.training_images()
-    job = finetuning_job(run, init or run.pretrained, images, held_back)
-    run.check_test_images()
-    if processes.writes():
-        print(described(images, held_back), file=sys.stderr)
-    if run.recipe.finetune.freeze:
-        processes.told(lambda: fit_head(job, run.recipe, held_back))  # minutes, for one alone
-        return
-    train(job)
-    if processes.writes():
-        figures.loss_curve(job.folder)
-
-
-def check(run: Run, init: Path | None) -> None:
-    """Raise what would stand against the fine-tuning, as far as it is known without decoding an image."""
-    if run.recipe.data.source:
-        run.check_classes()
-    if init or run.pretrained.exists():
-        load_initial(UNet(run.recipe.unet), run.recipe, init or run.pretrained)
-
-
-def described(images: Images, held_back: Images) -> str:
-    """What is trained on, for a person to see before hours are spent."""
-    names = [*images.classes[:SHOWN], *(["…"] if len(images.classes) > SHOWN else [])]
-    return (
-        f"{len(images):,} images to train on and {len(held_back):,} held back to choose by; "
-        f"{len(images.classes)} classes: {', '.join(names)}"
-    )
-
-
-def finetuning_job(run: Run, init: Path, images: Images, held_back: Images) -> Job:
-    """Everything that defines the fine-tuning of a run. Raises CheckpointError, EntryError, DataError."""
     recipe = run.recipe
-    run.check_classes()
-    check_held_back(images, held_back)
+    config = recipe.finetune
     torch.manual_seed(recipe.seed)
-    model = build_classifier(recipe, len(images.classes))
-    if not init.exists() and run.finetuned.is_file():
-        if init != run.pretrained:
-            raise CheckpointError(
-                f"{init}: no such checkpoint; what was begun from it goes on without --init"
-            )
-        begun = read_facts(run.finetuned)
-        origin: dict[str, Any] = {k: begun[k] for k in ("init", "pretraining") if k in begun}
-    else:
-        origin = load_initial(model.encoder.net, recipe, init)
-        run.check_held_back_before(origin["init"]["seen"], init)
-    if recipe.finetune.compile:
-        compile_network(model.encoder.net)
-    return Job(
-        kind="finetune",
+    net, start = begin(run, init)
+    images = run.labelled_images()
+    model = build_classifier(net, recipe, len(images.classes))
+    device = choose_device()
+    if config.freeze:
+        trained = not_begun(images, 1, "fp32", device)
+        facts = run.first_facts("finetune", trained, images.classes, start)
+        processes.on_main_process(lambda: fit_head(run, model, images, facts, device))
+        return
+    images, held_out = hold_out(images, recipe.data.validation)
+    precision = training_precision(config.precision, device)
+    announce(images, held_out)
+    if config.compile:
+        compile_network(net)
+    trained = not_begun(images, steps_of(config, len(images)), precision, device)
+    job = Job(
+        facts=run.first_facts("finetune", trained, images.classes, start),
         model=model,
         prepare=finetuning_batch(recipe, len(images.classes)),
         loss=finetuning_loss(recipe),
-        validate=lambda m: validation_figures(m, recipe, held_back),
+        validate=lambda m: validation_figures(m, recipe, held_out),
         images=images,
-        config=recipe.finetune,
+        config=config,
         seed=recipe.seed + 1,
-        settings=run.settings(images, "encoder", "finetune") | {"init": origin["init"]["sha256"]},
-        folder=run.folder / "finetune",
-        device=choose_device(),
+        checkpoint=run.finetuned,
+        device=device,
         begun=run.remember,
-        facts={"classes": list(images.classes), **origin},
     )
+    drawn = is_complete(job.checkpoint) and (job.folder / "curves.png").exists()
+    train(job)
+    if is_main_process() and not drawn:
+        figures.loss_curve(job.folder)
 
 
-def build_classifier(recipe: Recipe, classes: int) -> Classifier:
-    """The recipe's classifier with fresh weights."""
-    encoder = Encoder(UNet(recipe.unet), recipe.encoder, save_memory=recipe.finetune.save_memory)
-    return Classifier(encoder, recipe.head(classes))
+def begin(run: Run, init: Path | None) -> tuple[UNet, Start | None]:
+    """The network that the fine-tuning begins with, and where it is from; None where it goes on by its own checkpoint.
+
+    Raises CheckpointError, EntryError.
+    """
+    recipe = run.recipe
+    if not run.finetuned.is_file() or (init and init.exists()):
+        return load_start(init or run.pretrained, recipe.network, recipe.image, recipe.encoder.path)
+    if init:
+        raise CheckpointError(f"{init}: no such checkpoint; what was begun from it goes on without --init")
+    return UNet(recipe.unet), None
 
 
-def load_finetuned(run: Run) -> tuple[Classifier, dict[str, Any]]:
-    """The run's fine-tuned classifier (averaged weights) and the facts of its checkpoint."""
-    saved = load_checkpoint(run.finetuned, "finetune")
-    run.check(saved.facts, run.finetuned, "network", "image", "encoder", "finetune")
-    model = build_classifier(run.recipe, len(saved.facts["classes"]))
-    load_strictly(model, saved.part("average"), run.finetuned)
+def announce(images: Images, held_out: Images) -> None:
+    """Show what is trained on before hours are spent."""
+    names = [*images.classes[:SHOWN], *(["…"] if len(images.classes) > SHOWN else [])]
+    if is_main_process():
+        print(
+            f"{len(images):,} images to train on and {len(held_out):,} held out to choose by; "
+            f"{len(images.classes)} classes: {', '.join(names)}",
+            file=sys.stderr,
+        )
+
+
+def build_classifier(net: UNet, recipe: Recipe, classes: int) -> Classifier:
+    """The recipe's classifier around the network, its head with fresh weights."""
+    head = recipe.head(classes)
+    return Classifier(Encoder(net, recipe.encoder, save_memory=recipe.finetune.save_memory), head)
+
+
+def load_finetuned(checkpoint: Path) -> tuple[Classifier, Facts]:
+    """A fine-tuned classifier (averaged weights) and the facts of its checkpoint. Raises CheckpointError."""
+    saved = load_checkpoint(checkpoint)
+    if saved.facts.stage != "finetune":
+        raise CheckpointError(
+            f"{checkpoint}: a checkpoint of `prg pretrain`, where a fine-tuned one is needed"
+        )
+    model = build_classifier(UNet(saved.facts.recipe.unet), saved.facts.recipe, len(saved.facts.classes))
+    load_strictly(model, saved.part("average"), checkpoint)
     return model, saved.facts
 
 
@@ -122,15 +122,15 @@ def finetuning_batch(recipe: Recipe, classes: int) -> Prepare:
 
     Targets are class numbers [B], or each class's share [B, K] where images are mixed.
     """
-    config, path = recipe.finetune, PATHS[recipe.encoder.path]
+    config, image, path = recipe.finetune, recipe.image, PATHS[recipe.encoder.path]
 
     def prepare(pixels: Tensor, labels: Tensor | None, generator: torch.Generator) -> Batch:
         assert labels is not None
         pixels = augment(pixels, config.augment, generator)
-        x = normalise(pixels, recipe.image.mean, recipe.image.std)
+        x = normalise(pixels, image.mean, image.std)
         levels = torch.tensor(config.t_end, device=x.device)
         drawn = torch.randint(len(levels), (len(x),), generator=generator, device=x.device)
-        flow = draw(pixels, recipe, path, generator) if config.beta else ()
+        flow = draw(pixels, image, path, generator) if config.beta else ()
         if config.mixup or config.cutmix:
             x, labels = mix(x, labels, classes, config.mixup, config.cutmix, generator)
         return x, labels, levels[drawn], *flow
@@ -156,7 +156,7 @@ def finetuning_loss(recipe: Recipe) -> Loss:
 
 
 def validation_figures(model: nn.Module, recipe: Recipe, images: Images) -> dict[str, float]:
-    """Cross-entropy and top-1 on images held back, at the default level."""
+    """Cross-entropy and top-1 on images held out, at the default level."""
     assert images.labels is not None
     device = next(model.parameters()).device
     total, right = 0.0, 0

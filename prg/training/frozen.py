@@ -1,142 +1,141 @@
-"""Fine-tuning with a frozen encoder: features once, then the head fitted to all of them at once."""
+"""A linear head on a frozen encoder: features once, the penalty by cross-validation, then one fit to all images."""
 
 import hashlib
 import json
-import math
-import os
 import sys
 import time
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prg.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from entry.config import write_atomically
+from prg.checkpoint import Checkpoint, CrossValidated, Facts, read_facts, save_checkpoint
 from prg.classifier import Classifier, Head
-from prg.recipe import Recipe
-from prg.training.augmentation import normalise
-from prg.training.data import Images
-from prg.training.loop import Job, device_name, refuse_other_settings
-from prg.training.progress import track
+from prg.console import track
+from prg.errors import DataError
+from prg.images.augmentation import normalise
+from prg.images.sets import Images
+from prg.logistic import fit_logistic, stratified_folds
+from prg.recipe import Finetune
+from prg.training.loop import check_continues
+from prg.training.run import Run
 
 FEATURE_BATCH = 128
-ITERATIONS = 200
-"""Of L-BFGS, at most; it ends earlier where the loss no longer falls."""
-
+FOLDS = 5
 
 View = tuple[float, bool]
 """(level, whether mirrored)."""
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Features of labelled images, as often as there are levels and mirror images."""
+def fit_head(run: Run, model: Classifier, images: Images, facts: Facts, device: torch.device) -> None:
+    """Fit the head to all images, the encoder as it is; writes the checkpoint that a training would have written.
 
-    features: Tensor  # [N, D]
-    labels: Tensor  # [N]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A head fitted with one penalty, and how good it is on the validation images."""
-
-    penalty: float
-    weights: dict[str, Tensor]
-    figures: dict[str, float]
-
-
-def fit_head(job: Job, recipe: Recipe, held_back: Images) -> None:
-    """Fit the job's head, the encoder as it is; writes the checkpoint that a training would have written.
-
-    Every penalty of the recipe is tried, and the one of least cross-entropy on the validation images is kept.
-    Does nothing where the checkpoint is there. Raises CheckpointError where it is one of other settings.
+    Does nothing where the checkpoint is there. Raises CheckpointError where it is one of other settings, DataError
+    for a class of one image.
     """
-    if job.checkpoint.exists():
-        saved = load_checkpoint(job.checkpoint, "finetune")
-        refuse_other_settings(job, saved.facts)
+    config, image, path = run.recipe.finetune, run.recipe.image, run.finetuned
+    if path.exists():
+        check_continues(read_facts(path), facts, path)
         return
-    job.begun()
-    job.folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    model = job.model.to(job.device).eval().requires_grad_(False)
-    assert isinstance(model, Classifier)
-    train = labelled(model, job, recipe, job.images, views(recipe))
-    validation = labelled(model, job, recipe, held_back, views(recipe)[:1])
-    standardise(model.head, train.features)
-    begin = {k: v.clone() for k, v in model.head.state_dict().items()}
-    fits = []
-    for penalty in recipe.finetune.penalties:
-        model.head.load_state_dict(begin)
-        fits.append(fit(model.head, penalty, train, validation, recipe.finetune.label_smoothing))
-        shown = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in fits[-1].figures.items())
-        print(f"penalty {penalty:g}: {shown}", file=sys.stderr)
-    best = min(fits, key=lambda f: f.figures["validation_loss"])
-    print(f"chosen: penalty {best.penalty:g}, of the least loss on the images held back", file=sys.stderr)
-    model.head.load_state_dict(best.weights)
-    rows = [{"step": i, "penalty": f.penalty, **f.figures} for i, f in enumerate(fits, 1)]
-    (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tensors = {f"{part}.{k}": v for part in ("model", "average") for k, v in model.state_dict().items()}
-    facts = {
-        "kind": "finetune",
-        "settings": job.settings,
-        "step": 1,
-        "steps": 1,
-        "precision": "fp32",
-        "seconds": round(time.monotonic() - started, 1),
-        "torch": torch.__version__,
-        "device": device_name(job.device),
-        "penalty": best.penalty,
-        **job.facts,
-    }
-    # Twice the same tensors, which safetensors refuses to write as one.
-    copies = {k: v.clone() if k.startswith("average.") else v for k, v in tensors.items()}
-    save_checkpoint(job.checkpoint, Checkpoint(copies, facts))
-
-
-def views(recipe: Recipe) -> list[View]:
-    """How the encoder sees each training image: at each level, and there mirrored too; the plain first one first."""
-    ways = (False, True) if "flip" in recipe.finetune.augment else (False,)
-    return [(level, mirrored) for level in recipe.finetune.t_end for mirrored in ways]
-
-
-def labelled(model: Classifier, job: Job, recipe: Recipe, images: Images, seen: list[View]) -> Labelled:
-    """What the head reads of these images; computed once and kept in the job's folder."""
     assert images.labels is not None
-    told = [
-        job.facts["init"]["sha256"],
-        recipe.network,
-        *map(str, (recipe.image, recipe.encoder, model.input)),
-    ]
-    digest = hashlib.sha256(json.dumps([*told, seen]).encode())
-    digest.update(np.ascontiguousarray(images.pixels).data)
-    path = job.folder / f"features-{digest.hexdigest()[:16]}.npy"
-    if not path.exists():
-        found = compute(model, recipe, images, seen, job.device)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.save(file, found)
-        os.replace(temporary, path)
-    features = torch.from_numpy(np.load(path)).to(job.device)  # [V, N, D]
-    labels = torch.from_numpy(images.labels).to(job.device).repeat(len(features))
-    return Labelled(features.flatten(0, 1), labels)
+    _check_counts(images)
+    run.remember()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    model = model.to(device).eval().requires_grad_(False)
+    seen = views(config)
+    cache = path.parent / f"features-{_digest(facts, images, seen)}.npy"
+    if not cache.exists():
+        _keep(cache, compute(model, image.mean, image.std, images.pixels, seen, device))
+    features = torch.from_numpy(np.load(cache)).to(device)  # [V, N, D]
+    standardise(model.head, features.flatten(0, 1))
+    labels = torch.from_numpy(images.labels).to(device)
+    x = model.head.classifier[0](features)
+    rows, chosen = cross_validate(x, labels, len(images.classes), config, run.recipe.seed)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path.parent / "metrics.jsonl", text.encode())
+    weight, bias = fit_logistic(
+        x.flatten(0, 1), labels.repeat(len(x)), len(images.classes), chosen.penalty, config.label_smoothing
+    )
+    linear = model.head.classifier[1]
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    assert facts.trained is not None
+    trained = facts.trained.model_copy(update={"step": 1, "seconds": round(time.monotonic() - started, 1)})
+    facts = facts.model_copy(update={"trained": trained, "cross_validated": chosen})
+    save_checkpoint(path, Checkpoint({f"average.{k}": v for k, v in model.state_dict().items()}, facts))
+
+
+def views(config: Finetune) -> list[View]:
+    """How the encoder sees each training image: at each level, and there mirrored too; the plain first one first."""
+    ways = (False, True) if "flip" in config.augment else (False,)
+    return [(level, mirrored) for level in config.t_end for mirrored in ways]
+
+
+def cross_validate(
+    x: Tensor, labels: Tensor, classes: int, config: Finetune, seed: int
+) -> tuple[list[dict[str, float]], CrossValidated]:
+    """(figures of each penalty, the one of least cross-entropy) for features x [V, N, D] and labels [N].
+
+    An image's views are all in one fold; the plain view alone is evaluated.
+    """
+    rows: list[dict[str, float]] = []
+    best: CrossValidated | None = None
+    for step, penalty in enumerate(config.penalties, 1):
+        losses, top1 = [], []
+        for held in stratified_folds(labels.cpu().numpy(), FOLDS, seed):
+            rest, out = torch.from_numpy(~held).to(x.device), torch.from_numpy(held).to(x.device)
+            weight, bias = fit_logistic(
+                x[:, rest].flatten(0, 1),
+                labels[rest].repeat(len(x)),
+                classes,
+                penalty,
+                config.label_smoothing,
+            )
+            logits = F.linear(x[0, out], weight, bias)
+            losses.append(float(F.cross_entropy(logits, labels[out])))
+            top1.append(float((logits.argmax(1) == labels[out]).float().mean()))
+        found = CrossValidated(
+            penalty=penalty, folds=FOLDS, top1=float(np.mean(top1)), spread=float(np.std(top1, ddof=1))
+        )
+        rows.append(
+            {
+                "step": step,
+                "penalty": penalty,
+                "validation_loss": float(np.mean(losses)),
+                "validation_top1": found.top1,
+                "spread": found.spread,
+            }
+        )
+        print(
+            f"penalty {penalty:g}: cross-entropy {rows[-1]['validation_loss']:.4f}, top-1 {found.top1:.4f} "
+            f"± {found.spread:.4f} over {FOLDS} folds",
+            file=sys.stderr,
+        )
+        if rows[-1] is min(rows, key=lambda row: row["validation_loss"]):
+            best = found
+    assert best is not None
+    print(f"chosen: penalty {best.penalty:g}, of the least cross-entropy", file=sys.stderr)
+    return rows, best
 
 
 @torch.no_grad()
 def compute(
     model: Classifier,
-    recipe: Recipe,
-    images: Images,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    pixels: np.ndarray,
     seen: list[View],
     device: torch.device,
 ) -> np.ndarray:
-    """Features float32 [V, N, D]: one row of images for each view."""
+    """What the head reads of pixels uint8 [N, 3, S, S], float32 [V, N, D]: one row of images for each view."""
     parts: list[list[np.ndarray]] = [[] for _ in seen]
-    with track("features", len(images) * len(seen)) as bar:
-        for start in range(0, len(images), FEATURE_BATCH):
-            block = np.ascontiguousarray(images.pixels[start : start + FEATURE_BATCH])
-            x = normalise(torch.from_numpy(block).to(device), recipe.image.mean, recipe.image.std)
+    with track("features", len(pixels) * len(seen)) as bar:
+        for start in range(0, len(pixels), FEATURE_BATCH):
+            block = np.ascontiguousarray(pixels[start : start + FEATURE_BATCH])
+            x = normalise(torch.from_numpy(block).to(device), mean, std)
             for part, (level, mirror) in zip(parts, seen, strict=True):
                 state, hidden = model.encoder(x.flip(3) if mirror else x, x.new_full((len(x),), level))
                 part.append(model.head_input(state, hidden).float().cpu().numpy())
@@ -157,31 +156,27 @@ def standardise(head: Head, features: Tensor) -> None:
     norm.bias.copy_(-mean / std)
 
 
-def fit(head: Head, penalty: float, train: Labelled, validation: Labelled, smoothing: float) -> Fit:
-    """Minimise cross-entropy + penalty / 2 x squared norm of the head's matrices, by L-BFGS on all images."""
-    head.classifier[1:].requires_grad_(True)
-    params = [p for p in head.parameters() if p.requires_grad]
-    optimiser = torch.optim.LBFGS(
-        params, max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7
-    )
+def _check_counts(images: Images) -> None:
+    """Raise DataError for a class that cross-validation could not hold out."""
+    counts = np.bincount(images.labels, minlength=len(images.classes))  # type: ignore[arg-type]
+    single = [name for name, count in zip(images.classes, counts, strict=True) if count == 1]
+    if single or len(images) < FOLDS:
+        raise DataError(
+            f"{len(images)} images, of {', '.join(single) or 'all classes'} too few: cross-validation needs two "
+            f"of each class, and {FOLDS} in all"
+        )
 
-    def objective() -> Tensor:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(head(train.features), train.labels, label_smoothing=smoothing)
-        loss = loss + penalty / 2 * torch.stack([p.square().sum() for p in params if p.dim() > 1]).sum()
-        loss.backward()
-        return loss
 
-    optimiser.step(objective)
-    with torch.no_grad():
-        loss = float(F.cross_entropy(head(train.features), train.labels))
-        logits = head(validation.features)
-        figures = {
-            "loss": loss,
-            "validation_loss": float(F.cross_entropy(logits, validation.labels)),
-            "validation_top1": float((logits.argmax(1) == validation.labels).float().mean()),
-        }
-    head.requires_grad_(False)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"finetune: the loss is {loss} with penalty {penalty:g}; leave it out")
-    return Fit(penalty, {k: v.clone() for k, v in head.state_dict().items()}, figures)
+def _digest(facts: Facts, images: Images, seen: list[View]) -> str:
+    """Of everything that the features depend on."""
+    identity = facts.identity()
+    parts = [identity[k] for k in ("network", "image", "encoder", "init")]
+    content = json.dumps([*parts, facts.recipe.finetune.head_input, seen, images.unlabelled().digest()])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _keep(path: Path, features: np.ndarray) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, features)
+    temporary.replace(path)

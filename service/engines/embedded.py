@@ -11,11 +11,13 @@ import numpy as np
 
 from entry.config import Entry, EntryError, find_entries
 from service.engines.batching import Batcher
-from service.inference import EngineUnavailable, Job, ModelStatus, shown, while_loading
+from service.engines.contract import EngineUnavailable, Job, ModelStatus, for_metrics, while_loading
+from service.settings import Settings
 from service.telemetry import Metrics, log
 
 if TYPE_CHECKING:
-    from entry.runner import Runner  # at run time only where a model is loaded: it brings torch
+    # At run time only where a model is loaded, because it imports torch.
+    from entry.runner import Runner
 
 WARM_UP_CALLS = 3
 """TorchScript compiles in its first calls."""
@@ -30,20 +32,12 @@ class _Model:
 
 
 class EmbeddedEngine:
-    """Implements service.inference.Engine with entry.runner."""
+    """Implements the Engine protocol with entry.runner."""
 
-    def __init__(
-        self,
-        repository: Path,
-        chosen: Mapping[str, frozenset[str] | None] | None,
-        max_batch: int,
-        max_delay_s: float,
-        queue_rows: int,
-        metrics: Metrics,
-    ) -> None:
-        self._repository = repository
-        self._chosen = chosen
-        self._batching = (max_batch, max_delay_s, queue_rows)
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._repository = settings.model_repository
+        self._chosen = settings.chosen_models
         self._metrics = metrics
         self._models: dict[str, _Model] = {}
         self._compute = ThreadPoolExecutor(1, "compute")
@@ -55,7 +49,7 @@ class EmbeddedEngine:
         await self.rescan()
 
     async def close(self) -> None:
-        """Finish the batch under way; whatever waits fails."""
+        """Finish the batch in progress; whatever waits fails."""
         for model in self._models.values():
             for batcher in model.batchers.values():
                 await batcher.close()
@@ -69,7 +63,7 @@ class EmbeddedEngine:
         return {name: model.status for name, model in self._models.items()}
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
-        """The wanted outputs of a job. Raises EngineError."""
+        """The job's outputs. Raises EngineError."""
         model = self._models.get(job.model)
         batcher = model.batchers.get(job.version) if model else None
         if batcher is None:
@@ -82,7 +76,7 @@ class EmbeddedEngine:
         """Load what is new, keep what is unchanged, drop what is gone.
 
         Where a model that serves can't be loaded in its new form, the old one goes on serving and its
-        status tells why.
+        status has the reason: a slip in the repository must not take a working model down.
         """
         async with self._rescanning:
             found = await asyncio.to_thread(find_entries, self._repository)
@@ -97,7 +91,7 @@ class EmbeddedEngine:
             self._models = fresh
         for batcher in old:
             await batcher.drain()
-        self._metrics.models(shown(self._statuses()))
+        self._metrics.models(for_metrics(self._statuses()))
 
     async def _refreshed(self, name: str, found: Entry | EntryError) -> _Model:
         before = self._models.get(name)
@@ -108,7 +102,8 @@ class EmbeddedEngine:
             versions = self._versions(found)
             for version in versions:
                 batchers[version] = await self._batcher(before, found, version)
-        except Exception as error:  # also what torch raises of a strange module: the others must serve
+        # Also what torch raises for a strange module: the other models must serve.
+        except Exception as error:
             log.error("entry refused", model=name, reason=str(error))
             for version, batcher in batchers.items():
                 if before is None or before.batchers.get(version) is not batcher:
@@ -137,9 +132,9 @@ class EmbeddedEngine:
         if old and _same(old.runner.entry, entry, version):
             return old
         directory = self._repository / entry.name
-        runner = await asyncio.to_thread(load, directory, version, self._batching[0])
+        runner = await asyncio.to_thread(load, directory, version, self._settings.max_batch)
         log.info("model loaded", model=entry.name, version=version)
-        return Batcher(runner, entry.name, *self._batching, self._compute, self._metrics)
+        return Batcher(runner, entry.name, self._settings, self._compute, self._metrics)
 
 
 def load(directory: Path, version: str, largest_batch: int) -> "Runner":

@@ -13,13 +13,13 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from entry.config import Entry, EntryError, entry_from_config
-from service.inference import (
+from service.engines.contract import (
     DeadlineExceeded,
     EngineOverloaded,
     EngineUnavailable,
     Job,
     ModelStatus,
-    shown,
+    for_metrics,
     while_loading,
 )
 from service.telemetry import Metrics, log
@@ -42,17 +42,21 @@ CALL_TIMEOUT_S = 5.0
 """Of calls that ask for facts, not for inference."""
 LOAD_TIMEOUT_S = 120.0
 WATCH_S = 5.0
-"""How often an address is looked at that answers; one that does not, every WATCH_DOWN_S."""
+"""How often an address that answers is checked; one that does not, every WATCH_DOWN_S."""
 WATCH_DOWN_S = 0.25
 SHUNNED_S = (0.5, 1.0, 2.0, 5.0)
-"""How long an address that failed is avoided while another is to be had, by failures in a row."""
+"""How long an address that failed is avoided while there is another, by failures in a row."""
 
 
 NOT_LOADED = (
     "Triton has not loaded it: it was not asked to, or can't read its config.pbtxt; SIGHUP asks it again"
 )
-"""Its index tells these two apart by nothing."""
+"""Its index is the same in both cases."""
 ABSENT = "PRG_MODELS names it, but Triton's repository has no such model"
+
+
+Index = list[tuple[str, str, str, str]]
+"""(name, version, state, reason) of each version that a Triton knows of."""
 
 
 @dataclass(eq=False)
@@ -61,11 +65,11 @@ class Replica:
 
     address: str
     client: Any
-    seen: list[tuple[str, str, str, str]] | None = None
-    """Its index as last read (name, version, state, reason); None while it does not answer."""
+    seen: Index | None = None
+    """Its index as last read; None while it does not answer."""
     models: dict[str, ModelStatus] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    """Entries that it was asked to load and did not, with its reason: the index has none of a broken config.pbtxt."""
+    """Entries that it could not load, with its reason: of a broken config.pbtxt the index has none."""
     in_flight: int = 0
     failures: int = 0
     shunned_until: float = 0.0
@@ -89,7 +93,11 @@ class Replica:
 
 
 class TritonEngine:
-    """Implements service.inference.Engine over tritonclient.grpc.aio; one channel an address."""
+    """Implements the Engine protocol over tritonclient.grpc.aio; one channel an address.
+
+    Triton's health is not asked: it says ready with a dead model process, and not ready for good after one
+    failed load. The index says what there is, and inference alone says whether it works.
+    """
 
     def __init__(
         self,
@@ -116,7 +124,7 @@ class TritonEngine:
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self._replicas]
 
     async def close(self) -> None:
-        """Close the channels; calls under way are cancelled."""
+        """Close the channels; calls in flight are cancelled."""
         for watch in self._watches:
             watch.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)
@@ -124,7 +132,7 @@ class TritonEngine:
             await replica.client.close()
 
     def models(self) -> Mapping[str, ModelStatus]:
-        """All models by name; while no address answers, those that were known, as failed."""
+        """All models by name; while no address answers, those known from before, as failed."""
         return while_loading(self._statuses(), self._loading)
 
     def _statuses(self) -> dict[str, ModelStatus]:
@@ -141,16 +149,13 @@ class TritonEngine:
         return dict(sorted(found.items()))
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
-        """The wanted outputs of a job, cut into batches that Triton takes. Raises EngineError."""
+        """The job's outputs, computed in batches that Triton takes. Raises EngineError."""
         status = self.models().get(job.model)
         if status is None or status.entry is None:
             raise EngineUnavailable(f"no Triton serves {job.model}")
-        size = status.entry.max_batch_size
-        starts = range(0, len(job.images), size)
-        calls = [
-            asyncio.ensure_future(self._batch(status.entry, job, slice(start, start + size)))
-            for start in starts
-        ]
+        entry, size = status.entry, status.entry.max_batch_size
+        batches = [slice(start, start + size) for start in range(0, len(job.images), size)]
+        calls = [asyncio.ensure_future(self._batch(entry, job, rows)) for rows in batches]
         try:
             parts = await asyncio.gather(*calls)
         finally:
@@ -190,7 +195,10 @@ class TritonEngine:
             log.error("entry refused", model=name, address=replica.address, reason=_text(error))
 
     async def _batch(self, entry: Entry, job: Job, rows: slice) -> dict[str, np.ndarray]:
-        """One call, tried again at another address (or the same, if it is the only one) where one fails."""
+        """One call, tried again at another address (or the same, if it is the only one) where one fails.
+
+        A full queue is an answer: to try again would add to the load.
+        """
         tried: list[Replica] = []
         for _ in range(max(2, len(self._replicas))):
             replica = self._choose(job, tried)
@@ -199,9 +207,8 @@ class TritonEngine:
                 answer = await self._call(replica, entry, job, rows)
             except EngineUnavailable as error:
                 failure = error
-                if (
-                    not replica.failures
-                ):  # the first in a row: an outage is one line, not one for each request
+                # The first in a row: an outage is one line, not one for each request.
+                if not replica.failures:
                     log.warning("engine failed", address=replica.address, model=job.model, reason=str(error))
                 replica.failed(asyncio.get_running_loop().time())
                 self._metrics.engine_failures.labels(replica.address).inc()
@@ -211,7 +218,7 @@ class TritonEngine:
         raise failure
 
     def _choose(self, job: Job, tried: list[Replica]) -> Replica:
-        """The least loaded of those that serve the very weights and did not fail lately.
+        """The least loaded address of those that serve these very weights and did not fail recently.
 
         One that does not answer now is better than none; one with other weights is not.
         """
@@ -244,7 +251,7 @@ class TritonEngine:
                     headers=dict(job.headers) or None,
                 )
         except InferenceServerException as error:
-            raise meaning(error) from None
+            raise translate_error(error) from None
         finally:
             replica.in_flight -= 1
         self._metrics.batch_images.labels(job.model).observe(len(images))
@@ -270,18 +277,17 @@ class TritonEngine:
                 log.info("engine up", address=replica.address, models=list(replica.models))
             replica.seen = seen
             now = self._statuses()
-            self._known = {n: s for n, s in (self._known | _usable(now)).items() if n in now}
+            self._known |= {name: status for name, status in now.items() if status.entry}
+            self._known = {name: status for name, status in self._known.items() if name in now}
         except InferenceServerException as error:
             if replica.seen is not None:
                 log.warning("engine down", address=replica.address, reason=_text(error))
             replica.seen = None
             replica.refused.clear()
         self._metrics.engine_up.labels(replica.address).set(replica.seen is not None)
-        self._metrics.models(shown(self._statuses()))
+        self._metrics.models(for_metrics(self._statuses()))
 
-    async def _read_models(
-        self, replica: Replica, seen: list[tuple[str, str, str, str]]
-    ) -> dict[str, ModelStatus]:
+    async def _read_models(self, replica: Replica, seen: Index) -> dict[str, ModelStatus]:
         models = {}
         for name, rows in itertools.groupby(seen, key=lambda row: row[0]):
             if self._is_chosen(name):
@@ -295,9 +301,7 @@ class TritonEngine:
                 log.error("entry refused", model=name, address=replica.address, reason=status.reason)
         return models
 
-    async def _read_model(
-        self, replica: Replica, name: str, rows: list[tuple[str, str, str, str]]
-    ) -> ModelStatus:
+    async def _read_model(self, replica: Replica, name: str, rows: Index) -> ModelStatus:
         ready = {version for _, version, state, _ in rows if state == "READY"}
         if not ready:
             reasons = "; ".join(sorted({reason.splitlines()[0] for *_, reason in rows if reason}))
@@ -311,20 +315,23 @@ class TritonEngine:
         try:
             entry = entry_from_config(response.config, where)
             versions = _versions(entry, ready, (self._chosen or {}).get(name), where)
-        except (ValueError, RecursionError) as error:  # EntryError, or a parameter too strange to parse
+        # EntryError, or a parameter too strange to parse.
+        except (ValueError, RecursionError) as error:
             return ModelStatus(name, None, reason=str(error), state="failed")
         return ModelStatus(name, entry, versions)
 
 
-def meaning(error: InferenceServerException) -> Exception:
-    """What Triton's error is to a caller of this engine. Its statuses alone do not tell."""
+def translate_error(error: InferenceServerException) -> Exception:
+    """Triton's error as one of the contract's. Its status alone is not enough: a full queue and a dead server
+    have the same."""
     status, text = str(error.status()).removeprefix("StatusCode."), _text(error)
     if status == "UNAVAILABLE" and "maximum queue size" in text.lower():
         return EngineOverloaded("the model's queue in Triton is full")
     if status == "DEADLINE_EXCEEDED" or (status == "UNAVAILABLE" and "timeout expired" in text.lower()):
         return DeadlineExceeded("the model did not answer by the deadline")
     if status == "INVALID_ARGUMENT":
-        return RuntimeError(f"Triton refused our tensors: {text}")  # our own bug, so a 500
+        # Our own bug, so a 500.
+        return RuntimeError(f"Triton refused our tensors: {text}")
     return EngineUnavailable(f"Triton failed ({status}: {text})")
 
 
@@ -339,10 +346,6 @@ def _versions(entry: Entry, ready: set[str], chosen: frozenset[str] | None, wher
             f"{where}: PRG_MODELS wants version {min(missing)}, ready are: {', '.join(sorted(ready))}"
         )
     return tuple(sorted(chosen or ready, key=int))
-
-
-def _usable(models: Mapping[str, ModelStatus]) -> dict[str, ModelStatus]:
-    return {name: status for name, status in models.items() if status.entry}
 
 
 def _checked(array: np.ndarray | None, name: str, count: int, entry: Entry) -> np.ndarray:

@@ -1,14 +1,19 @@
-"""What both POST routes share: the items of an answer."""
+"""What the routes share: the gateway, and the items of an answer."""
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import orjson
 from fastapi import Request, Response
 
-from service.errors import Problem, item_error
-from service.gateway import Gateway
-from service.inference import Results
+from service.errors import NO_USABLE_IMAGE, Problem, problem_body
+from service.gateway import Gateway, Results
+
+Facts = dict[str, Any]
+Item = Callable[[np.ndarray], dict[str, Any]]
+"""Makes the fields of an image's item from its values, [levels, D]."""
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -17,28 +22,40 @@ def gateway_of(request: Request) -> Gateway:
     return gateway
 
 
-def answer(facts: dict[str, Any], results: Results, item: Callable[[int], dict[str, Any]]) -> Response:
-    """The answer: `item` makes the fields of an image from its row. All images bad: a 422 with the same data."""
-    if not results.rows:
+def answer(facts: Facts, results: Results, item: Item) -> Response:
+    """The answer. Where all images are bad it is a 422 with the same data."""
+    if not len(results.values):
         raise failed(facts, results, item)
-    content = orjson.dumps(_body(facts, results, item), option=orjson.OPT_SERIALIZE_NUMPY)
+    return as_json(_body(facts, results, item))
+
+
+def failed(facts: Facts, results: Results, item: Item) -> Problem:
+    """The 422 of a request whose bad images leave it without an answer; it has the data all the same."""
+    count, bad = results.count, len(results.errors)
+    first = str(results.errors[min(results.errors)])
+    detail = first if count == 1 else f"{bad} of {count} images could not be used; the first: {first}"
+    return Problem(NO_USABLE_IMAGE, detail, members=_body(facts, results, item))
+
+
+def encode_vector(vector: np.ndarray, encoding_format: str) -> np.ndarray | str:
+    """An embedding as JSON has it: numbers, or base64 of little-endian float32."""
+    if encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector
+
+
+def as_json(body: dict[str, Any]) -> Response:
+    """A body that may hold numpy arrays."""
+    content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, media_type="application/json")
 
 
-def failed(facts: dict[str, Any], results: Results, item: Callable[[int], dict[str, Any]]) -> Problem:
-    """The 422 of a request whose bad images leave it without an answer; it has the data all the same."""
-    count, bad = len(results.rows) + len(results.errors), len(results.errors)
-    first = str(results.errors[min(results.errors)])
-    detail = first if count == 1 else f"{bad} of {count} images could not be used; the first: {first}"
-    return Problem(422, "No usable image", detail, members=_body(facts, results, item))
-
-
-def _body(facts: dict[str, Any], results: Results, item: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    count = len(results.rows) + len(results.errors)
+def _body(facts: Facts, results: Results, item: Item) -> dict[str, Any]:
+    values = iter(results.values)
     data = [
-        {"index": i, "error": item_error(results.errors[i])}
-        if i in results.errors
-        else {"index": i, **item(results.rows[i])}
-        for i in range(count)
+        {"index": i, "error": problem_body(error, str(error))}
+        if (error := results.errors.get(i))
+        else {"index": i, **item(next(values))}
+        for i in range(results.count)
     ]
-    return facts | {"data": data, "usage": {"images": count, "failed": len(results.errors)}}
+    return facts | {"data": data, "usage": {"images": results.count, "failed": len(results.errors)}}

@@ -1,16 +1,16 @@
 """POST /classify: images in, class predictions out."""
 
-from typing import Annotated, Any
+import math
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
-from service.auth import Key, needs
-from service.documented import CLASSIFY_ANSWERS, POSTED, posted, problems
-from service.errors import Problem
-from service.gateway import near
-from service.intake import parse_options, read_request
+from service.auth import InferKey
+from service.errors import NO_CLASSES, WRONG_OPTION, Problem
+from service.intake import read_request
 from service.limits import deadline
+from service.openapi import CLASSIFIED, CLASSIFY, answers, posted, problems
 from service.routes.answers import answer, gateway_of
 from service.schemas import ClassifyAnswer, ClassifyOptions
 
@@ -21,36 +21,33 @@ router = APIRouter()
     "/classify",
     summary="Classes of images",
     response_model=ClassifyAnswer,
-    responses=CLASSIFY_ANSWERS | problems(*POSTED),
+    responses=answers(CLASSIFY) | problems(*CLASSIFIED),
     openapi_extra=posted(ClassifyOptions, {"t_end": 0.8, "top_k": 2}),
 )
-async def classify(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:
+async def classify(request: Request, key: InferKey) -> Response:
     """The most probable classes of each image."""
     gateway = gateway_of(request)
     settings = gateway.settings
     async with (
         deadline(request, settings.request_timeout_s) as due,
-        read_request(request, settings) as intake,
+        read_request(request, ClassifyOptions, settings) as (items, options),
     ):
-        options = parse_options(ClassifyOptions, intake.options)
-        chosen = gateway.choose(options)
+        chosen = gateway.choose(options.model, options.model_version)
         prg = chosen.entry.prg
         if prg.labels is None or prg.classify_t_end is None:
-            raise Problem(
-                422, "No classes", f"{chosen.entry.name} was exported without a head; /embed works with it"
-            )
+            detail = f"{chosen.entry.name} was exported without a head; /embed works with it"
+            raise Problem(NO_CLASSES, detail)
         levels = prg.classify_t_end
-        level = levels[0] if options.t_end is None else near(options.t_end, levels)
+        asked = levels[0] if options.t_end is None else options.t_end
+        level = next((known for known in levels if math.isclose(known, asked, abs_tol=1e-6)), None)
         if level is None:
             allowed = ", ".join(map(str, levels))
-            raise Problem(
-                422, "Wrong option", f"t_end is {options.t_end}, must be one that the head knows: {allowed}"
-            )
-        results = await gateway.infer(request, key, intake, chosen, (level,), "LOGITS", due)
+            raise Problem(WRONG_OPTION, f"t_end is {asked}, must be one that the head knows: {allowed}")
+        results = await gateway.infer(request, key, items, chosen, (level,), "LOGITS", due)
     labels = prg.labels
 
-    def item(row: int) -> dict[str, Any]:
-        logits = results.values[row, 0]
+    def item(values: np.ndarray) -> dict[str, Any]:
+        logits = values[0]
         ranked = predictions(logits, labels, options.top_k)
         return {"predictions": ranked} | ({"logits": logits} if options.return_logits else {})
 

@@ -1,18 +1,17 @@
 """GET /models: what is served, and how good it is."""
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 
-from service.auth import Key, needs
-from service.documented import FAILED, MODEL, answers, problems
-from service.errors import Problem
-from service.inference import ModelStatus
+from service.auth import InferKey
+from service.engines.contract import ModelStatus
+from service.errors import NOT_FOUND, Problem
+from service.openapi import KEYED, MODEL, MODELS, TEXT, answers, parameter, problems
 from service.routes.answers import gateway_of
 from service.schemas import ModelInfo, ModelList
 
 router = APIRouter()
-Caller = Annotated[Key | None, Depends(needs("infer"))]
 
 
 @router.get(
@@ -20,10 +19,9 @@ Caller = Annotated[Key | None, Depends(needs("infer"))]
     summary="All models",
     response_model=ModelList,
     response_model_exclude_none=True,
-    responses=answers({"One ready, one failed": {"default": "prg-cifar10", "data": [FAILED, MODEL]}})
-    | problems(401, 403, 500),
+    responses=answers(MODELS) | problems(*KEYED),
 )
-async def models(request: Request, _: Caller) -> ModelList:
+async def models(request: Request, _: InferKey) -> ModelList:
     """Every model of the repository, failed ones with the reason."""
     gateway = gateway_of(request)
     statuses = gateway.engine.models().values()
@@ -35,34 +33,27 @@ async def models(request: Request, _: Caller) -> ModelList:
     summary="One model",
     response_model=ModelInfo,
     response_model_exclude_none=True,
-    responses=answers({"A ready model": MODEL, "A failed one": FAILED}) | problems(401, 403, 404, 500),
+    responses=answers(MODEL) | problems(*KEYED, NOT_FOUND),
+    # As an argument of the function it would have FastAPI document a 422, which is never answered.
+    openapi_extra={"parameters": [parameter("path", "name", TEXT)]},
 )
-async def model(request: Request, name: str, _: Caller) -> ModelInfo:
+async def model(request: Request, _: InferKey) -> ModelInfo:
     """One model by its name."""
+    name = request.path_params["name"]
     known = gateway_of(request).engine.models()
     if name not in known:
-        raise Problem(404, "Not found", f"no model {name!r} here; there are: {', '.join(known)}")
+        raise Problem(NOT_FOUND, f"no model {name!r} here; there are: {', '.join(known)}")
     return describe(known[name])
 
 
 def describe(status: ModelStatus) -> ModelInfo:
     """A model's item; accuracy is that of its default version."""
-    state: Literal["ready", "failed"] = "ready" if status.ready else "failed"
-    if status.entry is None:
-        return ModelInfo(name=status.name, state=state, reason=status.reason)
-    prg = status.entry.prg
-    shared: dict[str, Any] = {
-        key: getattr(prg, key) for key in ("feature", "t_end", "features", "path", "solver", "steps", "nfe")
-    }
-    return ModelInfo(
-        name=status.name,
-        state=state,
-        reason=status.reason,
-        versions=list(status.versions),
-        default_version=status.default_version,
-        image_size=prg.image.size,
-        labels=list(prg.labels) if prg.labels else None,
-        classify_t_end=list(prg.classify_t_end) if prg.classify_t_end else None,
-        accuracy=list(prg.versions[status.default_version].accuracy),
-        **shared,
-    )
+    state = "ready" if status.ready else "failed"
+    facts: dict[str, Any] = {"name": status.name, "state": state, "reason": status.reason}
+    if status.entry is not None:
+        prg, version = status.entry.prg, status.default_version
+        # Most fields have the same name in both.
+        facts |= prg.model_dump(include=set(ModelInfo.model_fields))
+        facts |= {"versions": status.versions, "default_version": version, "image_size": prg.image.size}
+        facts["accuracy"] = prg.versions[version].accuracy
+    return ModelInfo(**facts)

@@ -1,124 +1,72 @@
 """POST /v1/embeddings: the same embeddings in the shape that OpenAI's clients speak."""
 
-from typing import Annotated, Any, Literal
+from functools import partial
 
 import orjson
-from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
 
-from service.auth import Key, needs
-from service.documented import HEADERS, OPENAI_ANSWERS, OPENAI_REQUESTS, openai_problems
-from service.errors import Problem
-from service.intake import Base64, DataUri, Intake, Item
+from service.auth import InferKey
+from service.errors import MALFORMED_BODY, NO_USABLE_IMAGE, WRONG_OPTION, Problem
+from service.intake import Item, read_base64, read_data_uri
 from service.limits import deadline
-from service.routes.answers import gateway_of
-from service.routes.embed import shown, unit_length
-from service.schemas import Level, Options
+from service.openapi import OPENAI, OPENAI_PROBLEMS, answers, posted_openai, problems
+from service.routes.answers import as_json, encode_vector, gateway_of
+from service.schemas import EmbeddingsAnswer, EmbeddingsRequest
 
 router = APIRouter()
-
-
-class EmbeddingsRequest(BaseModel):
-    """OpenAI's fields, `input` being images, and three of ours."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    input: str | list[str] = Field(description="data URIs or base64 strings of images, one or a list")
-    model: str
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, description="only the model's own")
-    user: str | None = Field(None, description="ignored")
-    feature: Literal["state", "hidden"] | None = None
-    t_end: Level | None = None
-    normalize: bool = False
-
-
-class Embedding(BaseModel):
-    """One image's embedding."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingsAnswer(BaseModel):
-    """OpenAI's answer; images have no tokens."""
-
-    object: Literal["list"]
-    model: str
-    data: list[Embedding]
-    usage: dict[str, int]
 
 
 @router.post(
     "/v1/embeddings",
     summary="Embeddings of images, OpenAI style",
     response_model=EmbeddingsAnswer,
-    responses=OPENAI_ANSWERS | openai_problems(),
-    openapi_extra={
-        "parameters": HEADERS,
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": EmbeddingsRequest.model_json_schema(),
-                    "examples": OPENAI_REQUESTS,
-                }
-            },
-        },
-    },
+    responses=answers(OPENAI) | problems(*OPENAI_PROBLEMS, openai=True),
+    openapi_extra=posted_openai(),
 )
-async def embeddings(request: Request, key: Annotated[Key | None, Depends(needs("infer"))]) -> Response:
+async def embeddings(request: Request, key: InferKey) -> Response:
     """What the `openai` package's `client.embeddings.create` calls. Errors are in OpenAI's shape."""
     gateway = gateway_of(request)
     settings = gateway.settings
     async with deadline(request, settings.request_timeout_s) as due:
         asked = _parse(await request.body())
-        chosen = gateway.choose(Options(model=asked.model, model_version=None))
-        prg = chosen.entry.prg
-        feature = asked.feature or prg.feature
-        dim = prg.features.state.dim if feature == "state" else prg.features.hidden.dim
+        chosen = gateway.choose(asked.model)
+        feature = asked.feature or chosen.entry.prg.feature
+        dim = chosen.entry.outputs()[feature.upper()]
         if asked.dimensions not in (None, dim):
-            raise Problem(
-                422, "Wrong option", f"dimensions is {asked.dimensions}, {feature} of this model has {dim}"
-            )
+            detail = f"dimensions is {asked.dimensions}, {feature} of this model has {dim}"
+            raise Problem(WRONG_OPTION, detail)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if not 1 <= len(texts) <= settings.max_images:
-            raise Problem(
-                422, "Wrong option", f"input has {len(texts)} images, must be 1 to {settings.max_images}"
-            )
-        intake = Intake([_item(text, settings.max_image_bytes) for text in texts])
-        levels = (prg.t_end if asked.t_end is None else asked.t_end,)
-        results = await gateway.infer(request, key, intake, chosen, levels, feature.upper(), due)
+            raise Problem(WRONG_OPTION, f"input has {len(texts)} images, must be 1 to {settings.max_images}")
+        items = [_item(text, settings.max_image_bytes) for text in texts]
+        level = chosen.entry.prg.t_end if asked.t_end is None else asked.t_end
+        results = await gateway.infer(request, key, items, chosen, (level,), feature.upper(), due)
     if results.errors:
         index = min(results.errors)
-        raise Problem(422, "No usable image", f"input[{index}]: {results.errors[index]}")
-    values = (unit_length(results.values) if asked.normalize else results.values)[:, 0]
+        raise Problem(NO_USABLE_IMAGE, f"input[{index}]: {results.errors[index]}")
+    if asked.normalize:
+        results = results.normalized()
     data = [
-        {"object": "embedding", "index": i, "embedding": shown(vector, asked.encoding_format)}
-        for i, vector in enumerate(values)
+        {"object": "embedding", "index": i, "embedding": encode_vector(vector, asked.encoding_format)}
+        for i, vector in enumerate(results.values[:, 0])
     ]
-    body: dict[str, Any] = {
-        "object": "list",
-        "model": chosen.entry.name,
-        "data": data,
-        "usage": {"prompt_tokens": 0, "total_tokens": 0},
-    }
-    return Response(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+    usage = {"prompt_tokens": 0, "total_tokens": 0}
+    return as_json({"object": "list", "model": chosen.entry.name, "data": data, "usage": usage})
 
 
 def _parse(body: bytes) -> EmbeddingsRequest:
     try:
         return EmbeddingsRequest.model_validate(orjson.loads(body))
     except orjson.JSONDecodeError as error:
-        raise Problem(422, "Malformed body", f"the JSON does not parse: {error}") from None
+        raise Problem(MALFORMED_BODY, f"the JSON does not parse: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         known = ", ".join(EmbeddingsRequest.model_fields)
         more = f" (known fields: {known})" if first["type"] == "extra_forbidden" else ""
-        raise Problem(422, "Malformed body", f"{where}: {first['msg']}{more}") from None
+        raise Problem(MALFORMED_BODY, f"{where}: {first['msg']}{more}") from None
 
 
 def _item(text: str, max_bytes: int) -> Item:
-    return DataUri(text, max_bytes) if text[:5].lower() == "data:" else Base64(text, max_bytes)
+    return partial(read_data_uri if text[:5].lower() == "data:" else read_base64, text, max_bytes)

@@ -1,13 +1,11 @@
 """GET /health/live, /health/ready and /metrics: for whoever keeps the service up."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service.auth import Key, needs
-from service.documented import METRICS_ANSWER, answers, problems
-from service.errors import overloaded
+from service.auth import MetricsKey
+from service.errors import INTERNAL_ERROR, SERVICE_UNAVAILABLE, unavailable
+from service.openapi import KEYED, METRICS, answers, problems
 from service.routes.answers import gateway_of
 from service.schemas import Health
 
@@ -18,7 +16,7 @@ router = APIRouter()
     "/health/live",
     summary="Is the process alive",
     response_model=Health,
-    responses=answers({"Alive": {"status": "live"}}) | problems(500),
+    responses=answers(Health(status="live")) | problems(INTERNAL_ERROR),
 )
 async def live() -> Health:
     """Good as long as the process answers."""
@@ -29,13 +27,13 @@ async def live() -> Health:
     "/health/ready",
     summary="Can it serve",
     response_model=Health,
-    responses=answers({"Ready": {"status": "ready"}}) | problems(500, 503),
+    responses=answers(Health(status="ready")) | problems(INTERNAL_ERROR, SERVICE_UNAVAILABLE),
 )
 async def ready(request: Request) -> Health:
     """Good where the default model answered within the last 30 seconds, a request or a canary."""
     reason = gateway_of(request).readiness.reason()
     if reason:
-        raise overloaded(f"not ready: {reason}", 5)
+        raise unavailable(f"not ready: {reason}", 5)
     return Health(status="ready")
 
 
@@ -43,12 +41,11 @@ async def ready(request: Request) -> Health:
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses=METRICS_ANSWER | problems(401, 403, 500),
+    responses=METRICS | problems(*KEYED),
 )
-async def metrics(request: Request, _: Annotated[Key | None, Depends(needs("metrics"))]) -> Response:
+async def metrics(request: Request, _: MetricsKey) -> Response:
     """Metrics in Prometheus' text format."""
     gateway = gateway_of(request)
-    gateway.metrics.ready.set(
-        gateway.readiness.reason() is None
-    )  # as it is now, not as it was last looked at
+    # As it is now: nothing else updates this gauge.
+    gateway.metrics.ready.set(gateway.readiness.reason() is None)
     return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)

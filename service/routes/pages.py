@@ -1,4 +1,4 @@
-"""GET / and /docs: the playground, the OpenAPI page, and the files they load. Open even where keys are on."""
+"""GET / and /docs: the playground, the OpenAPI page, and the files they load. They never need a key."""
 
 from pathlib import Path
 
@@ -10,13 +10,14 @@ router = APIRouter(include_in_schema=False)
 ROOT = Path(__file__).parents[1]
 FOLDERS = {name: StaticFiles(directory=ROOT / name) for name in ("playground", "swagger")}
 KINDS = frozenset((".html", ".css", ".js", ".svg", ".png", ".jpg", ".txt"))
-"""What of these folders is handed out: no Python."""
+"""The only files of these folders that are served: no Python."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'{styles}; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # asked again each time, and answered 304: a new version shows at once
+    # Asked for again each time, and answered 304: a new version shows at once.
+    "Cache-Control": "no-cache",
     "Content-Security-Policy": POLICY.format(styles=""),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",

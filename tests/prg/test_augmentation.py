@@ -12,11 +12,11 @@ from torch import Tensor
 
 from prg.classifier import Classifier
 from prg.encoder import Encoder
+from prg.images.augmentation import AUGMENTATIONS, mix
+from prg.images.randaugment import OPERATIONS, randaugment
 from prg.paths import PATHS, flow_matching_loss
 from prg.recipe import load_recipe
-from prg.training.augmentation import AUGMENTATIONS, mix
 from prg.training.finetune import finetuning_batch, finetuning_loss
-from prg.training.randaugment import OPERATIONS, randaugment
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, and refused with the path and the fix."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,30 @@ import torch
 from safetensors.torch import save_file
 from workshop import largest_file
 
-from prg.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_strictly, save_checkpoint
+from prg.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    Facts,
+    Imported,
+    load_checkpoint,
+    load_strictly,
+    read_facts,
+    save_checkpoint,
+)
+from prg.errors import CheckpointError
+from prg.recipe import load_recipe
 
-FACTS = {"kind": "pretrain", "step": 3, "name": "ä"}
+FACTS = Facts(
+    stage="pretrain",
+    recipe=load_recipe("images-32"),
+    trained=None,
+    imported=Imported(origin="somebody", file="ä.pt", sha256="0" * 64, version="7"),
+    classes=(),
+    init="",
+    held_out=None,
+    history=(),
+    cross_validated=None,
+)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -20,7 +42,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "model.b": torch.ones(2).bfloat16(),
     }
     save_checkpoint(path, Checkpoint(tensors, FACTS))
-    found = load_checkpoint(path, "pretrain")
+    found = load_checkpoint(path)
     assert found.facts == FACTS
     assert found.tensors.keys() == tensors.keys()
     assert all(torch.equal(found.tensors[k], v) for k, v in tensors.items())
@@ -37,7 +59,7 @@ def test_an_interrupted_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(path, Checkpoint({"w": torch.zeros(1)}, FACTS))
-    assert load_checkpoint(path, "pretrain").tensors["w"] == 1
+    assert load_checkpoint(path).tensors["w"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -46,28 +68,40 @@ def test_a_disk_that_is_full_leaves_the_old_one(tmp_path: Path) -> None:
     save_checkpoint(path, Checkpoint({"w": torch.ones(1)}, FACTS))
     with largest_file(4096), pytest.raises((CheckpointError, OSError)):
         save_checkpoint(path, Checkpoint({"w": torch.zeros(10_000)}, FACTS))
-    assert load_checkpoint(path, "pretrain").tensors["w"] == 1
+    assert load_checkpoint(path).tensors["w"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_can_not_be_used_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     with pytest.raises(
-        CheckpointError, match=r"c\.safetensors: no such checkpoint; make it with `prg finetune`"
+        CheckpointError, match=r"c\.safetensors: no such checkpoint; name one that `prg pretrain`"
     ):
-        load_checkpoint(path, "finetune")
+        load_checkpoint(path)
     path.write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not a readable safetensors"):
-        load_checkpoint(path, "finetune")
+        load_checkpoint(path)
     save_file({"w": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint written by prg"):
-        load_checkpoint(path, "finetune")
+        load_checkpoint(path)
     save_checkpoint(path, Checkpoint({}, FACTS))
-    with pytest.raises(CheckpointError, match="of `prg pretrain`, where one of `prg finetune` is needed"):
-        load_checkpoint(path, "finetune")
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError):
-        load_checkpoint(path, "pretrain")
+        load_checkpoint(path)
+
+
+def test_facts_of_another_version_are_refused(tmp_path: Path) -> None:
+    """A key that is missing must not become its default, nor an old format be guessed at."""
+    path, table = tmp_path / "c.safetensors", FACTS.model_dump(mode="json")
+    older = [{k: v for k, v in table.items() if k != "held_out"}, {**table, "recipe": {**table["recipe"]}}]
+    del older[1]["recipe"]["serve"]
+    for facts in older:
+        save_file({"w": torch.ones(1)}, path, {"format": FORMAT, "prg": json.dumps(facts)})
+        with pytest.raises(CheckpointError, match=r"another version of prg \(.*train again"):
+            read_facts(path)
+    save_file({"w": torch.ones(1)}, path, {"format": "1", "prg": json.dumps(table)})
+    with pytest.raises(CheckpointError, match=r"written in format 1, this prg reads 2; train again"):
+        read_facts(path)
 
 
 @pytest.mark.parametrize(

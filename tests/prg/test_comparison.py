@@ -12,8 +12,8 @@ from benchmarks import comparison
 from benchmarks.arms import ARMS, flops
 from benchmarks.comparison import labelled_share
 from prg.cli import main
+from prg.images.sets import Images
 from prg.recipe import load_recipe
-from prg.training.data import Images
 
 
 def test_the_table_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,9 @@ def test_arms_share_their_compute(tmp_path: Path) -> None:
 
 
 def test_a_share_has_every_class_and_no_image_twice() -> None:
-    images = Images(np.arange(1000), np.repeat(np.arange(10), 100), tuple("abcdefghij"))
+    images = Images(
+        np.arange(1000), np.repeat(np.arange(10), 100), tuple("abcdefghij"), np.arange(1000, dtype=np.uint64)
+    )
     few = [labelled_share(images, 0.05, seed) for seed in (0, 0, 1)]
     for some in few:
         assert some.labels is not None

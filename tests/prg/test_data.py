@@ -14,8 +14,10 @@ from workshop import CLASSES, image_folder, largest_file, overrides
 
 from entry.config import ImageSpec
 from prg.cli import main
-from prg.training.data import Images, hold_out, load_split, same_classes
-from prg.training.sources import DataError, splits
+from prg.images import DataError, splits
+from prg.images.decoded import load_split
+from prg.images.held_out import key_of
+from prg.images.sets import Images, same_classes
 
 SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -116,20 +118,8 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> N
 
 def images(count: int, classes: tuple[str, ...]) -> Images:
     pixels = np.arange(count, dtype=np.uint8)[:, None, None, None]
-    return Images(pixels, np.arange(count) % len(classes), classes)
-
-
-def test_holding_out_is_a_partition_that_the_seed_alone_decides() -> None:
-    all_ = images(50, ("a", "b"))
-    kept, held = hold_out(all_, 0.2, seed=3)
-    assert len(held) == 10
-    assert sorted([*kept.pixels.ravel(), *held.pixels.ravel()]) == list(range(50))
-    again, other = hold_out(all_, 0.2, seed=3)[1], hold_out(all_, 0.2, seed=4)[1]
-    assert np.array_equal(again.pixels, held.pixels)
-    assert not np.array_equal(other.pixels, held.pixels)
-    for share in (0.0, 1.0):
-        with pytest.raises(DataError, match=r"data\.validation"):
-            hold_out(all_, share, seed=3)
+    keys = np.array([key_of(bytes([i])) for i in range(count)], np.uint64)
+    return Images(pixels, np.arange(count) % len(classes), classes, keys)
 
 
 def test_classes_are_matched_by_name() -> None:
@@ -187,7 +177,7 @@ def test_a_disk_that_is_full_while_decoding_leaves_nothing(tmp_path: Path) -> No
 def test_a_class_that_training_never_saw_is_named_before_fine_tuning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photos = image_folder(tmp_path / "photos", each=5)
+    photos = image_folder(tmp_path / "photos")
     (photos / "test" / "violet").mkdir()
     (photos / "test" / "red" / "0.png").rename(photos / "test" / "violet" / "0.png")
     command = ["--recipe", "images-32", "--data", str(photos), *overrides("pretrain.epochs=1")]

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from prg import embed as module
 from prg.cli import main
 from prg.client import Client
+from prg.embed import partitions
+from prg.embed.engines import Local, Remote, Rows
 from service.settings import Settings
 from tests.serving import served
 from tests.tiny import png, tiny_fingerprint, write_tiny_entry
@@ -68,18 +69,18 @@ def test_parquet_patterns_and_each_file_once(pictures: Path, tmp_path: Path) -> 
 def test_it_goes_on_where_it_was_stopped(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "PART", 8)
+    monkeypatch.setattr(partitions, "PART", 8)
     entry, out = write_tiny_entry(tmp_path / "models"), tmp_path / "vectors.npy"
     command = ["embed", str(pictures), "--entry", str(entry), "--out", str(out)]
-    real, asked = module.Local.embed, []
+    real, asked = Local.embed, []
 
-    def stopped(self: module.Local, files: list[Path]) -> module.Rows:
+    def stopped(self: Local, files: list[Path]) -> Rows:
         asked.append(len(files))
         if len(asked) == 3:
             raise KeyboardInterrupt
         return real(self, files)
 
-    monkeypatch.setattr(module.Local, "embed", stopped)
+    monkeypatch.setattr(Local, "embed", stopped)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     assert not out.exists()
@@ -117,14 +118,14 @@ def test_weights_replaced_meanwhile_are_not_mixed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(module, "PART", 16)
-    real = module.Remote.embed
+    monkeypatch.setattr(partitions, "PART", 16)
+    real = Remote.embed
 
-    def replaced(self: module.Remote, files: list[Path]) -> module.Rows:
+    def replaced(self: Remote, files: list[Path]) -> Rows:
         rows = real(self, files)
         return replace(rows, fingerprint="0" * 12) if len(files) < 16 else rows
 
-    monkeypatch.setattr(module.Remote, "embed", replaced)
+    monkeypatch.setattr(Remote, "embed", replaced)
     out = tmp_path / "vectors.npy"
     assert main(["embed", str(pictures), "--url", url, "--out", str(out)]) == 1
     assert "was replaced meanwhile" in capsys.readouterr().err
@@ -168,7 +169,7 @@ def test_the_client_sends_a_file_of_any_name(tmp_path: Path, url: str) -> None:
 
 def test_a_file_that_goes_away_is_a_row(tmp_path: Path, url: str) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    with closing(module.Remote(url, None, {})) as service:
+    with closing(Remote(url, None, {})) as service:
         rows = service.embed([tmp_path / "gone.png", tmp_path / "a.png"])
     assert "No such file" in rows.errors[0]
     assert np.isnan(rows.vectors[0]).all()

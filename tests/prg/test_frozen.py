@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from workshop import image_folder, overrides
@@ -10,8 +11,8 @@ from workshop import image_folder, overrides
 from entry.config import read_entry
 from prg.checkpoint import load_checkpoint, read_facts
 from prg.cli import main
+from prg.logistic import stratified_folds
 from prg.training.finetune import load_finetuned
-from prg.training.run import open_run
 
 NET = "encoder.solver.velocity.net."
 
@@ -32,18 +33,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
 
 
 def test_the_encoder_is_the_pretrained_one_and_the_head_is_linear(run: Path) -> None:
-    model, facts = load_finetuned(open_run(run, None))
-    before = load_checkpoint(run / "pretrain" / "checkpoint.safetensors", "pretrain").part("average")
+    model, facts = load_finetuned(run / "finetune" / "checkpoint.safetensors")
+    before = load_checkpoint(run / "pretrain" / "checkpoint.safetensors").part("average")
     assert all(torch.equal(before[k], v) for k, v in model.encoder.net.state_dict().items())
     assert [type(m).__name__ for m in model.head.classifier] == ["LayerNorm", "Linear"]
-    assert facts["penalty"] in open_run(run, None).recipe.finetune.penalties
+    assert facts.cross_validated is not None
+    assert facts.cross_validated.penalty in facts.recipe.finetune.penalties
+    assert (facts.held_out, facts.trained.images) == (0, 60)  # type: ignore[union-attr]
 
 
-def test_the_penalty_is_the_one_of_least_validation_loss(run: Path) -> None:
+def test_the_penalty_is_the_one_of_least_cross_validated_loss(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
-    chosen = load_checkpoint(run / "finetune" / "checkpoint.safetensors", "finetune").facts["penalty"]
+    chosen = read_facts(run / "finetune" / "checkpoint.safetensors").cross_validated
+    assert chosen is not None
+    best = min(rows, key=lambda row: row["validation_loss"])
     assert len(rows) == 4
-    assert chosen == min(rows, key=lambda row: row["validation_loss"])["penalty"]
+    assert (chosen.penalty, chosen.top1) == (best["penalty"], best["validation_top1"])
 
 
 def test_again_changes_nothing_and_other_settings_are_refused(
@@ -64,8 +69,9 @@ def test_it_is_exported_and_evaluated_as_any_other(
     assert main(["export", str(run), str(entry)]) == 0
     assert main(["evaluate", str(entry), "--data", str(photos), "--write"]) == 0
     card = (entry / "MODEL_CARD.md").read_text()
-    penalty = read_facts(run / "finetune" / "checkpoint.safetensors")["penalty"]
-    assert f"encoder frozen, head linear, penalty {penalty}" in card
+    chosen = read_facts(run / "finetune" / "checkpoint.safetensors").cross_validated
+    assert chosen is not None
+    assert f"a linear head on the frozen encoder, penalty {chosen.penalty:g}" in card
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] > 0.9
 
 
@@ -79,14 +85,15 @@ def test_what_it_can_begin_from(run: Path, photos: Path, tmp_path: Path, begin: 
     other = tmp_path / "other"
     command = ["--recipe", "images-32", "--data", str(photos), *overrides("encoder.steps=1"), "--freeze"]
     assert main(["finetune", str(other), *command, "--init", str(init)]) == 0
-    a, b = (load_checkpoint(r / "finetune" / "checkpoint.safetensors", "finetune") for r in (run, other))
+    a, b = (load_checkpoint(r / "finetune" / "checkpoint.safetensors") for r in (run, other))
     names = [k for k in a.tensors if k.startswith(f"average.{NET}")]
     assert names
     assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in names)
     published = tmp_path / "published"
     assert main(["export", str(other), str(published)]) == 0
-    training = read_entry(published).prg.versions["1"].training
-    assert ("begun from" in training) == (begin != "finetune")
+    history = read_entry(published).prg.versions["1"].training["history"]
+    assert any(line.startswith("entry: entry version 1 (") for line in history) == (begin != "finetune")
+    assert [line.split(":")[0] for line in history][:1] == ["pretrain"]
 
 
 def test_an_entry_that_does_not_fit_says_why(
@@ -104,14 +111,34 @@ def test_an_entry_that_does_not_fit_says_why(
     wider = "network={image_size=16, channels=16, multipliers=[1, 2], groups=4}"
     assert main([*command, "--recipe", "images-32", *overrides(wider)]) == 1
     error = capsys.readouterr().err
-    assert "its network is tiny16, the recipe's is another: --set network=tiny16" in error
+    assert "its network is another than the recipe's: --set network=tiny16" in error
     assert not (tmp_path / "other" / "recipe.json").exists()
 
 
-def test_the_recipes_own_head_and_levels(run: Path, photos: Path, tmp_path: Path) -> None:
+def test_what_the_head_reads_and_its_levels_are_the_recipes(run: Path, photos: Path, tmp_path: Path) -> None:
     init = run / "pretrain" / "checkpoint.safetensors"
-    settings = overrides("finetune.freeze=true", "finetune.t_end=[0.8, 0.5]", "finetune.penalties=[0.01]")
-    command = ["--recipe", "images-32", "--data", str(photos), *settings, "--init", str(init)]
+    settings = overrides("finetune.head_input=both", "finetune.t_end=[0.8, 0.5]", "finetune.penalties=[0.01]")
+    command = ["--recipe", "images-32", "--data", str(photos), "--freeze", *settings, "--init", str(init)]
     assert main(["finetune", str(tmp_path), *command]) == 0
-    model, _ = load_finetuned(open_run(tmp_path, None))
-    assert len(model.head.classifier) == 4
+    model, facts = load_finetuned(tmp_path / "finetune" / "checkpoint.safetensors")
+    assert model.input == "both"
+    assert facts.recipe.finetune.t_end == (0.8, 0.5)
+
+
+def test_folds_are_stratified_and_hold_each_row_out_once() -> None:
+    labels = np.repeat([0, 1, 2], [10, 7, 23])
+    folds = list(stratified_folds(labels, 5, seed=3))
+    assert (np.sum(folds, axis=0) == 1).all()
+    for label, count in enumerate((10, 7, 23)):
+        held = [int((labels[fold] == label).sum()) for fold in folds]
+        assert max(held) - min(held) <= 1, (label, count, held)
+
+
+def test_a_class_of_one_image_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = image_folder(tmp_path / "photos", each=4, splits=("train",))
+    for i in range(3):
+        (photos / "train" / "red" / f"{i}.png").unlink()
+    init = ["--init", str(run / "pretrain" / "checkpoint.safetensors"), "--freeze"]
+    command = ["--recipe", "images-32", "--data", str(photos), *overrides(), *init]
+    assert main(["finetune", str(tmp_path / "run"), *command]) == 1
+    assert "of red too few" in capsys.readouterr().err

@@ -12,10 +12,11 @@ import torch
 from workshop import image_folder
 
 from entry.config import read_entry
-from prg.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_strictly
+from prg.checkpoint import Checkpoint, load_checkpoint, load_strictly
 from prg.classifier import Head, HeadConfig
 from prg.cli import main
 from prg.encoder import STATE_DIM, Encoder
+from prg.errors import CheckpointError
 from prg.importers import imported as module
 from prg.training.finetune import load_finetuned
 from prg.training.run import open_run
@@ -71,8 +72,8 @@ def test_a_fine_tuned_file_gives_the_official_state_and_logits(tmp_path: Path) -
     )
     settings = {"network": "unet32", "encoder.path": path, "encoder.steps": steps, "data.labels": labels}
     assert imports(file, tmp_path / "run", **settings, **OFFICIAL, **{"finetune.t_end": [t_end]}) == 0
-    model, facts = load_finetuned(open_run(tmp_path / "run", None))
-    assert facts["classes"] == labels
+    model, facts = load_finetuned(tmp_path / "run" / "finetune" / "checkpoint.safetensors")
+    assert list(facts.classes) == labels
     vectors, levels = golden(name), torch.full((2,), t_end)
     model.eval()
     with torch.inference_mode():
@@ -88,7 +89,7 @@ def test_a_pretrained_file_gives_the_official_velocity(tmp_path: Path, name: str
     assert imports(file, tmp_path / "run", network="unet32", **{"encoder.path": path}) == 0
     recipe = open_run(tmp_path / "run", None).recipe
     net, saved = UNet(recipe.unet).eval(), open_run(tmp_path / "run", None).pretrained
-    load_strictly(net, load_checkpoint(saved, "pretrain").part("average"), saved)
+    load_strictly(net, load_checkpoint(saved).part("average"), saved)
     vectors = golden(name)
     with torch.inference_mode():
         field = Encoder(net, recipe.encoder).field
@@ -97,13 +98,13 @@ def test_a_pretrained_file_gives_the_official_velocity(tmp_path: Path, name: str
     close(found, vectors["v"], 1e-4)
 
 
-SMALL = {"network": "tiny16", "image.size": 16, "image.resize": 16, "data.validation": 0.2}
+SMALL = {"network": "tiny16", "image.size": 16, "image.resize": 16, "data.validation": 0.5}
 QUICK = {"finetune.epochs": 0.5, "finetune.batch": 8, "finetune.precision": '"fp32"'}
 
 
 @pytest.mark.parametrize("path", ["icfm", "gvp"])
 def test_it_goes_on_like_our_own(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    photos, run, tuned = image_folder(tmp_path / "photos", each=6), tmp_path / "run", tmp_path / "tuned"
+    photos, run, tuned = image_folder(tmp_path / "photos", each=12), tmp_path / "run", tmp_path / "tuned"
     file = official_file(tmp_path / "classify.pt", "tiny16", 3, "", fill_it=False)
     settings = SMALL | QUICK | OFFICIAL | {"encoder.path": path}
     sourced = settings | {"data.source": f'"{photos}"'}
@@ -113,8 +114,12 @@ def test_it_goes_on_like_our_own(path: str, tmp_path: Path, capsys: pytest.Captu
     assert main(["export", str(run), str(tmp_path / "models" / "official")]) == 0
     prg = read_entry(tmp_path / "models" / "official").prg
     assert prg.labels == ("blue", "green", "red")
-    told = prg.versions["1"].training["finetune"]["imported"]
-    assert (told["from"], told["file"], told["epoch"]) == ("official PRG release", "classify.pt", 7)
+    origin = prg.versions["1"].training["imported"]
+    assert [origin[k] for k in ("origin", "file", "version")] == [
+        "official PRG release",
+        "classify.pt",
+        "epoch 7",
+    ]
     capsys.readouterr()
     assert main(["finetune", str(run)]) == 1
     assert "was imported" in capsys.readouterr().err
@@ -123,7 +128,8 @@ def test_it_goes_on_like_our_own(path: str, tmp_path: Path, capsys: pytest.Captu
     assert main(["finetune", str(tuned), "--recipe", "images-32", *flags, *init]) == 0
     assert main(["export", str(tuned), str(tmp_path / "models" / "tuned")]) == 0
     training = read_entry(tmp_path / "models" / "tuned").prg.versions["1"].training
-    assert training["pretrain"]["imported"]["from"] == "official PRG release"
+    assert training["history"][0].startswith("import: official PRG release epoch 7, classify.pt")
+    assert training["held_out"] is None
     assert imports(file, run, **sourced) == 1
     assert "holds a run already" in capsys.readouterr().err
 
@@ -224,7 +230,7 @@ def test_a_full_disk_leaves_no_half_of_a_run(
     whole = module.save_checkpoint
 
     def fail(path: Path, checkpoint: Checkpoint) -> None:
-        if checkpoint.facts["kind"] == "finetune":
+        if checkpoint.facts.stage == "finetune":
             raise CheckpointError(f"{path}: could not be written (no space left)")
         whole(path, checkpoint)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from prg.recipe import Pretrain
 from prg.training.loop import optimisers
-from prg.training.muon import RMS, Muon, orthogonal
+from prg.training.optimisers import RMS, Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 144), (144, 16)])

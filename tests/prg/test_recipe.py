@@ -5,14 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from prg.recipe import (
-    RecipeError,
-    load_recipe,
-    parse_recipe,
-    recipe_table,
-    shipped_recipes,
-    with_defaults,
-)
+from prg.errors import RecipeError
+from prg.recipe import load_recipe, parse_recipe
+from prg.recipes import shipped_recipes
 from prg.training.run import open_run
 
 MINIMAL = """
@@ -30,7 +25,7 @@ epochs = 1
 def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.about
-    assert parse_recipe(recipe_table(recipe), name) == recipe
+    assert parse_recipe(recipe.model_dump(mode="json"), name) == recipe
 
 
 @pytest.mark.parametrize(
@@ -40,13 +35,15 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("[pretrain]\nlearning_rate = 1", "pretrain.learning_rate"),
         ("seed = 'one'", "seed"),
         ("network = 'huge'", "network = 'huge'"),
-        ("[image]\nsize = 32", "image.size = 32"),
+        ("[image]\nsize = 32\nresize = 32", "image.size = 32"),
+        ("[image]\nresize = 8", "resize = 8 is below size = 16"),
         ("[pretrain]\nlr = -1", "lr = -1"),
         ("[finetune]\nt_end = [1.0]", "t_end"),
         ("[finetune]\nt_end = []", "t_end"),
         ("[finetune]\nbeta = -0.1", "beta"),
-        ("[finetune]\nfreeze = true\nmixup = 0.2", "mixup = 0.2"),
-        ("[finetune]\nfreeze = true\npenalties = []", "penalties"),
+        ("[finetune]\nfreeze = true\nhead = 'linear'\nmixup = 0.2", "mixup = 0.2"),
+        ("[finetune]\nfreeze = true", "head = 'mlp'"),
+        ("[finetune]\npenalties = []", "penalties"),
         ("[pretrain]\naugment = ['blur']", "pretrain.augment"),
         ("[encoder]\nsolver = 'rk5'", "rk5"),
         ("[encoder]\nsteps = 0", "steps"),
@@ -54,17 +51,17 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("[encoder]\nlayers = ['top']", "unknown layers ['top']: this network has input_blocks.0"),
         ("[pretrain]\nepochs = true", "pretrain.epochs"),
         ("[pretrain]\nepochs = inf", "epochs = inf"),
-        ("[pretrain]\nbetas = [1.5, 0.9]", "betas = (1.5, 0.9)"),
+        ("[pretrain]\nbetas = [1.5, 0.9]", "pretrain.betas.0 = 1.5"),
         ("[pretrain]\nweight_decay = -1", "weight_decay = -1"),
         ("[pretrain]\nlr_min = 2.0", "lr_min = 2.0: a number from 0 to lr = 0.001 is needed"),
         ("[finetune]\nlabel_smoothing = 2", "label_smoothing = 2"),
         ("[serve]\nt_end = 2", "t_end = 2"),
-        ("[data]\nvalidation = nan", "validation = nan: a share above 0 and below 1 is needed"),
-        ("[image]\nstd = [0, 0, 0]", "std = (0.0, 0.0, 0.0)"),
+        ("[data]\nvalidation = nan", "data.validation = nan"),
+        ("[image]\nstd = [0, 0, 0]", "image.std.0 = 0"),
         ("seed = -1", "seed = -1"),
-        ("seed = 4611686018427387904", "0 or more, below 2**62, is needed"),
-        ("[data]\nlabels = ['a', 'b', 'a']", "labels = ('a', 'b', 'a'): a name of its own a class is needed"),
-        ("[data]\nlabels = ['a', '']", "a name of its own a class is needed"),
+        ("seed = 4611686018427387904", "seed = 4611686018427387904"),
+        ("[data]\nlabels = ['a', 'b', 'a']", "labels = ('a', 'b', 'a')"),
+        ("[data]\nlabels = ['a', '']", "labels = ('a', '')"),
         ("[network]\nimage_size = 16\nchannels = 16\nmultipliers = []", "multipliers = ()"),
         ("[network]\nimage_size = 16\nchannels = 0\nmultipliers = [1]", "channels = 0"),
         ("[network]\nimage_size = 16\nchannels = 16\nmultipliers = [1]\npatch = 0", "patch = 0"),
@@ -113,12 +110,6 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("[]")
     with pytest.raises(RecipeError, match="a recipe is a table of keys"):
         open_run(tmp_path, None)
-
-
-def test_settings_from_before_a_key_existed_have_its_default() -> None:
-    table = recipe_table(load_recipe("images-32"))
-    older = {**table, "finetune": {k: v for k, v in table["finetune"].items() if k != "beta"}}
-    assert with_defaults(older) == table
 
 
 def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A whole experiment by one command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from workshop import image_folder, overrides
 from entry.config import read_entry
 from prg.cli import main
 from prg.recipe import load_recipe
-from prg.training.reproduce import stage_flops, with_steps
+from prg.training.costs import training_flops
 
 
 def command(folder: Path) -> list[str]:
@@ -48,7 +49,8 @@ def test_all_stages_then_nothing_anew(tmp_path: Path, capsys: pytest.CaptureFixt
     (run / "finetune" / "curves.png").unlink()  # as a kill after the last step would leave it
     assert main(command(tmp_path)) == 0
     stages = capsys.readouterr().out.splitlines()
-    assert stages[:3] == ["pretrain: done already", "finetune: done", "export: done already"]
+    assert stages[:3] == ["pretrain: done already", "finetune: done already", "export: done already"]
+    assert (run / "finetune" / "curves.png").exists()
     assert main([*command(tmp_path), "--set", "seed=3"]) == 1
     assert "seed was 0, is 3" in capsys.readouterr().err
 
@@ -59,8 +61,8 @@ def test_the_dry_run_tells_all_stages_and_begins_none(
     assert main([*command(tmp_path), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     rows = {w[0]: w[1:] for line in printed.splitlines() if (w := line.split())}
-    assert rows["pretrain"][:2] == ["12", "0"]  # 48 images in batches of 8, twice
-    assert rows["finetune"][:2] == ["36", "0"]
+    assert rows["pretrain"][:2] == ["10", "0"]  # 42 images in batches of 8, twice
+    assert rows["finetune"][:2] == ["30", "0"]
     assert rows["evaluate"][0] == "1"
     assert all(float(x) > 0 for name in ("pretrain", "finetune", "evaluate") for x in rows[name][2:])
     assert "an estimate: the stage's FLOPs by 50 TFLOP/s" in printed
@@ -69,5 +71,8 @@ def test_the_dry_run_tells_all_stages_and_begins_none(
 
 def test_flops_of_many_steps_are_counted_from_two() -> None:
     recipe = load_recipe("images-32", [item for item in overrides() if item != "--set"])
-    counted = [stage_flops(with_steps(recipe, n), "finetune") for n in (1, 2, 3)]
+    counted = [
+        training_flops(recipe.model_copy(update={"encoder": replace(recipe.encoder, steps=n)}), "finetune")
+        for n in (1, 2, 3)
+    ]
     assert counted[2] - counted[1] == counted[1] - counted[0] > 0

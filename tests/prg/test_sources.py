@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from entry.config import ImageSpec
-from prg.training.data import Images, load_split, same_classes
-from prg.training.run import choose_split
-from prg.training.sources import DataError, splits
+from prg.images import DataError, splits
+from prg.images.decoded import load_split
+from prg.images.sets import Images, same_classes
+from prg.images.splits import choose_split
 from tests.tiny import png
 
 SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -114,7 +115,7 @@ def test_numbered_folders_are_matched_by_number_not_by_place(tmp_path: Path) -> 
         found = same_classes(images, trained, "d").labels
         assert found is not None
         assert [images.classes[i] for i in images.labels] == [str(i) for i in found]
-    seven = Images(images.pixels[:3], np.arange(3), ("7", "8", "9"))
+    seven = Images(images.pixels[:3], np.arange(3), ("7", "8", "9"), images.keys[:3])
     with pytest.raises(DataError, match="never saw: 7, 8, 9"):
         same_classes(seven, ("a", "b", "c"), "d")
 
@@ -238,6 +239,6 @@ def test_files_of_other_endings_are_told(tmp_path: Path, capsys: pytest.CaptureF
     assert loaded(folder, tmp_path / "cache").classes == ("a", "b")
     said = capsys.readouterr().err
     assert "4 files in" in said
-    assert "by their ending: .heic (2), .txt (1), none (1); no images at all in c" in said
+    assert "because of their ending: .heic (2), .txt (1), none (1); no images at all in c" in said
     loaded(pictures(tmp_path / "plain", "a/1.png"), tmp_path / "cache")
-    assert "by their ending" not in capsys.readouterr().err
+    assert "because of their ending" not in capsys.readouterr().err

@@ -10,17 +10,18 @@ from workshop import image_folder, trained_run
 
 from entry.config import ImageSpec
 from prg.cli import main
+from prg.commands.studies import STUDIES
+from prg.console import track
+from prg.evaluation import calibration
 from prg.export import Export, export
 from prg.recipe import load_recipe
-from prg.studies.catalogue import STUDIES
 from prg.studies.corruptions import CORRUPTIONS, PUBLISHED
 from prg.studies.probes import linear_probe, nearest_neighbours, top1
 from prg.studies.samples import frechet_distance
 from prg.studies.subject import Solve, Subject
-from prg.training.calibration import calibration
 from prg.training.finetune import build_classifier, load_finetuned
-from prg.training.progress import track
 from prg.training.run import open_run
+from prg.unet import UNet
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +91,20 @@ def test_frechet_distance_of_normal_clouds_is_the_closed_form() -> None:
 
 def test_the_subject_answers_as_the_trained_model(run: Path, entry: Path, photos: Path) -> None:
     subject = Subject(entry)
-    images = open_run(run, None).test_images()[1]
-    model, _ = load_finetuned(open_run(run, None))
+    images = open_run(run, None).material("finetune").evaluated()[1]
+    model, _ = load_finetuned(run / "finetune" / "checkpoint.safetensors")
     with torch.inference_mode():
         x = subject.latents(images.pixels[:8]).cpu()
         expected = [t.numpy() for t in model.eval()(x, torch.full((8,), 0.8))]
-    with track("features", 8, shown=False) as bar:
-        found = subject.features(images.subset(np.arange(8)), 0.8, subject.own, bar)
+    with track("features", 8) as bar:
+        found = subject.features(images.pixels[:8], 0.8, subject.own, bar)
     for a, b in zip((found.state, found.hidden, found.logits), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_there_and_back_is_nearer_with_more_steps(entry: Path, run: Path) -> None:
     subject = Subject(entry)
-    x = subject.latents(open_run(run, None).test_images()[1].pixels[:4])
+    x = subject.latents(open_run(run, None).material("finetune").evaluated()[1].pixels[:4])
     errors = []
     for steps in (1, 4, 16):
         solve = Solve("midpoint", steps)
@@ -140,7 +141,11 @@ def test_robustness_at_each_size_of_published_severities(
     entry, spec = tmp_path / "entry", recipe.image
     image = ImageSpec(size=side, resize=side, preprocessing="v1", mean=spec.mean, std=spec.std)
     labels = ("blue", "green", "red")
-    export(build_classifier(recipe, 3), Export(image, 0.8, "hidden", {}, labels, (0.8,)), entry)
+    export(
+        build_classifier(UNet(recipe.unet), recipe, 3),
+        Export(image, 0.8, "hidden", {}, labels, (0.8,)),
+        entry,
+    )
     command = ["evaluate", str(entry), "--data", str(photos), "--study", "robustness", "--limit", "2"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "robustness.json").read_text())

@@ -16,13 +16,14 @@ import pytest
 import torch
 from workshop import image_folder, overrides
 
-from prg.checkpoint import CheckpointError, load_checkpoint
+from prg.checkpoint import load_checkpoint, read_facts
 from prg.cli import main
+from prg.errors import CheckpointError
+from prg.machine import training_precision
 from prg.recipe import Pretrain
-from prg.training import compiled, loop
-from prg.training.lock import Lock
-from prg.training.loop import batch_at, learning_rate
-from prg.training.precision import choose_precision
+from prg.training import loop, pretrain
+from prg.training.loop import batch_at, exclusive
+from prg.training.optimisers import learning_rate
 
 PATIENT = (
     "import prg.training.loop as l, prg.cli, sys; l.SAVE_EVERY_S = 0; sys.exit(prg.cli.main(sys.argv[1:]))"
@@ -41,10 +42,11 @@ def pretraining(run: Path, photos: Path, *more: str) -> list[str]:
 
 def step_of(run: Path) -> int:
     try:
-        step: int = load_checkpoint(run / "pretrain" / "checkpoint.safetensors", "pretrain").facts["step"]
+        trained = read_facts(run / "pretrain" / "checkpoint.safetensors").trained
     except CheckpointError:
         return 0
-    return step
+    assert trained is not None
+    return trained.step
 
 
 def interrupted(command: list[str], run: Path, number: signal.Signals) -> int:
@@ -65,12 +67,12 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_not(tmp_path: Path, photos
     epochs = "pretrain.epochs=30"
     assert main(pretraining(whole, photos, epochs)) == 0
     assert interrupted(pretraining(killed, photos, epochs), killed, signal.SIGKILL) == -signal.SIGKILL
-    reached = step_of(killed)
+    reached, steps = step_of(killed), step_of(whole)
     assert interrupted(["pretrain", str(killed)], killed, signal.SIGTERM) == 130
-    assert reached <= step_of(killed) < 180
+    assert reached <= step_of(killed) < steps
     assert main(["pretrain", str(killed)]) == 0
-    a, b = (load_checkpoint(r / "pretrain" / "checkpoint.safetensors", "pretrain") for r in (whole, killed))
-    assert a.facts["step"] == b.facts["step"] == 180
+    a, b = (load_checkpoint(r / "pretrain" / "checkpoint.safetensors") for r in (whole, killed))
+    assert step_of(whole) == step_of(killed) == steps
     assert a.tensors.keys() == b.tensors.keys()
     assert [k for k in a.tensors if not torch.equal(a.tensors[k], b.tensors[k])] == []
     lines = [json.loads(line) for line in (killed / "pretrain" / "metrics.jsonl").read_text().splitlines()]
@@ -111,8 +113,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     real = loop.Trainer.loss
 
-    def spoiled(self: loop.Trainer, step: int, precision: loop.Precision) -> torch.Tensor:
-        return real(self, step, precision) * (math.nan if step == 4 else 1)
+    def spoiled(self: loop.Trainer, step: int) -> torch.Tensor:
+        return real(self, step) * (math.nan if step == 4 else 1)
 
     monkeypatch.setattr(loop.Trainer, "loss", spoiled)
     assert main(pretraining(tmp_path, photos)) == 1
@@ -123,11 +125,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 def test_two_do_not_train_in_one_folder(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock = Lock(tmp_path / "pretrain")
-    lock.acquire()
-    assert main(pretraining(tmp_path, photos)) == 1
-    assert "another process is training here" in capsys.readouterr().err
-    lock.release()
+    with exclusive(tmp_path / "pretrain"):
+        assert main(pretraining(tmp_path, photos)) == 1
+        assert "another process is training here" in capsys.readouterr().err
     assert main(pretraining(tmp_path, photos, "pretrain.epochs=1")) == 0
 
 
@@ -148,37 +148,17 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fp32", "bf16", "kept", "chosen"),
-    [
-        (0.02, 0.002, None, "bf16"),
-        (0.002, 0.02, None, "fp32"),
-        (0.02, 0.019, None, "fp32"),
-        (0.02, 0.019, "bf16", "bf16"),
-        (0.002, 0.02, "bf16", "fp32"),
-    ],
+    ("flags", "chosen"),
+    [("avx2 avx512f avx512_bf16", "bf16"), ("avx2 amx_bf16", "bf16"), ("avx2 avx512f", "fp32"), ("", "fp32")],
 )
-def test_precision_is_what_is_faster_here(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    fp32: float,
-    bf16: float,
-    kept: str,
-    chosen: str,
+def test_precision_is_what_the_processor_has_units_for(
+    monkeypatch: pytest.MonkeyPatch, flags: str, chosen: str
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr("prg.training.precision.time.perf_counter", lambda: now)
-    monkeypatch.setattr("prg.training.precision._bf16_is_usable", lambda device: True)
-    model = torch.nn.Linear(1, 1)
-
-    def loss(precision: str) -> torch.Tensor:
-        nonlocal now
-        now += fp32 if precision == "fp32" else bf16
-        return model(torch.ones(1)).sum()
-
-    assert choose_precision(loss, model, kept) == chosen  # type: ignore[arg-type]
-    said = capsys.readouterr().err
-    assert f"precision: {chosen}" in said
-    assert ("changed from bf16" in said) == (kept == "bf16" and chosen == "fp32")
+    monkeypatch.setattr("prg.machine._cpuinfo", lambda: {"flags": flags})
+    cpu = torch.device("cpu")
+    assert training_precision("auto", cpu) == chosen
+    assert training_precision("bf16", cpu) == "bf16"
+    assert training_precision("fp32", cpu) == "fp32"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
@@ -191,7 +171,7 @@ def test_a_compiled_network_trains_as_the_plain_one(
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(compiled, "BACKEND", backend)
+    monkeypatch.setattr(pretrain, "BACKEND", backend)
     plain, quick = tmp_path / "plain", tmp_path / "quick"
     short = ("pretrain.epochs=1", "finetune.epochs=1")
     made = []
@@ -203,7 +183,7 @@ def test_a_compiled_network_trains_as_the_plain_one(
     # the velocity; then the velocity and the activations: nothing is compiled anew for validation and figures
     assert made == [0, 0, 1, 3]
     for kind in ("pretrain", "finetune"):
-        a, b = (load_checkpoint(run / kind / "checkpoint.safetensors", kind) for run in (plain, quick))
+        a, b = (load_checkpoint(run / kind / "checkpoint.safetensors") for run in (plain, quick))
         assert a.tensors.keys() == b.tensors.keys()
         assert all(torch.allclose(a.tensors[k], b.tensors[k], atol=1e-4) for k in a.tensors)
 

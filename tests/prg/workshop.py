@@ -12,7 +12,7 @@ from prg.cli import main
 
 CLASSES = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 SETTINGS = (
-    *("network=tiny16", "image.size=16", "image.resize=16", "data.validation=0.2", "pretrain.precision=fp32"),
+    *("network=tiny16", "image.size=16", "image.resize=16", "data.validation=0.3", "pretrain.precision=fp32"),
     *(
         "finetune.precision=fp32",
         "pretrain.batch=8",
@@ -24,9 +24,11 @@ SETTINGS = (
 )
 
 
-def image_folder(folder: Path, each: int = 20, splits: tuple[str, ...] = ("train", "test")) -> Path:
+def image_folder(
+    folder: Path, each: int = 20, splits: tuple[str, ...] = ("train", "test"), seed: int = 0
+) -> Path:
     """An image folder of three classes that are easily told apart."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for split in splits:
         for name, colour in CLASSES.items():
             place = folder / split / name

@@ -20,8 +20,14 @@ from prg.classifier import Classifier, HeadConfig
 from prg.encoder import Encoder, EncoderConfig
 from prg.export import Export, export
 from prg.unet import PRESETS, UNet
-from service.engines.triton import Replica, TritonEngine, meaning
-from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job, ModelStatus
+from service.engines.contract import (
+    DeadlineExceeded,
+    EngineOverloaded,
+    EngineUnavailable,
+    Job,
+    ModelStatus,
+)
+from service.engines.triton import Replica, TritonEngine, translate_error
 from service.telemetry import Metrics
 from tests.real_triton.conftest import Serve
 from tests.real_triton.server import TritonServer
@@ -282,7 +288,7 @@ def test_what_the_caller_said_travels_along(serve: Serve, monkeypatch: pytest.Mo
     ],
 )
 def test_what_an_error_of_triton_means(status: str, text: str, kind: type[Exception]) -> None:
-    found = meaning(InferenceServerException(text, f"StatusCode.{status}"))
+    found = translate_error(InferenceServerException(text, f"StatusCode.{status}"))
     assert type(found) is kind
 
 

@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 
 from service.app import main
 from service.auth import Key, Keys, new_key, read_keys
-from service.errors import Problem
+from service.errors import RATE_LIMIT, TOO_MANY_IMAGES, Problem
 from service.settings import SettingsError
 from tests.service.conftest import Start
 from tests.tiny import png
@@ -66,13 +66,13 @@ def test_the_rate_is_images_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     keys.take(key, 50)
     with pytest.raises(Problem) as error:
         keys.take(key, 30)
-    assert error.value.status == 429
+    assert error.value.kind is RATE_LIMIT
     assert error.value.headers == {"Retry-After": "20"}
     now += 20
     keys.take(key, 30)
     with pytest.raises(Problem) as error:
         keys.take(key, 61)
-    assert error.value.status == 422
+    assert error.value.kind is TOO_MANY_IMAGES
 
 
 def test_over_the_rate_is_429(start: Start, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-import service.inference
+import service.decoding
 from entry.images import FORMATS
 from tests.service.conftest import Start
 from tests.tiny import png
@@ -50,7 +50,7 @@ def test_a_file_that_opens_but_does_not_decode_is_an_error_of_its_own(client: Te
 
 
 def test_decoding_leaves_the_event_loop_alone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, where = service.inference.load_image, []
+    real, where = service.decoding.load_image, []
 
     def watched(*arguments: Any) -> Any:
         with pytest.raises(RuntimeError):
@@ -58,7 +58,7 @@ def test_decoding_leaves_the_event_loop_alone(client: TestClient, monkeypatch: p
         where.append(threading.current_thread().name)
         return real(*arguments)
 
-    monkeypatch.setattr(service.inference, "load_image", watched)
+    monkeypatch.setattr(service.decoding, "load_image", watched)
     assert embed(client, RED, BLUE, jpeg()).status_code == 200
     assert [name.startswith("decode") for name in where] == [True] * 3
 

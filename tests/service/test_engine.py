@@ -13,8 +13,9 @@ import torch
 
 from entry.config import read_entry, sha256, write_entry
 from entry.runner import Outputs, Runner
+from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
 from service.engines.embedded import EmbeddedEngine, load
-from service.inference import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
+from service.settings import Settings
 from service.telemetry import Metrics
 from tests.tiny import tiny_fingerprint, write_tiny_entry
 
@@ -45,7 +46,10 @@ async def engine(
     tmp_path: Path, delay_s: float = 0.0, queue: int = 64
 ) -> AsyncIterator[tuple[EmbeddedEngine, Gate]]:
     write_tiny_entry(tmp_path, size=16)
-    running = EmbeddedEngine(tmp_path, None, 4, delay_s, queue, Metrics())
+    settings = Settings(
+        model_repository=tmp_path, max_batch=4, max_delay_ms=delay_s * 1e3, queue_images=queue
+    )
+    running = EmbeddedEngine(settings, Metrics())
     await running.start()
     batcher = running._models["tiny"].batchers["1"]
     gate = Gate(batcher.runner)

@@ -14,7 +14,8 @@ from openapi_spec_validator import validate
 from entry.config import read_entry
 from service.app import create_app
 from service.auth import new_key
-from service.documented import FACTS
+from service.errors import PROBLEMS
+from service.openapi import FACTS
 from service.settings import Settings
 from tests.tiny import png, write_tiny_entry
 
@@ -136,10 +137,10 @@ def test_example_answers_have_the_fields_of_real_ones(run: Run, spec: dict[str, 
     else:
         answer = client.get(path)
     [method] = operation.values()
-    shown = examples(method["responses"]["200"]["content"]["application/json"])[0]
-    assert answer.json().keys() == shown.keys()
-    if "data" in shown:
-        assert answer.json()["data"][-1].keys() == shown["data"][-1].keys()
+    [example] = examples(method["responses"]["200"]["content"]["application/json"])
+    assert answer.json().keys() == example.keys()
+    if "data" in example:
+        assert answer.json()["data"][0].keys() == example["data"][0].keys()
 
 
 def image_request(client: TestClient, path: str, **more: Any) -> Any:
@@ -229,11 +230,8 @@ OPENAI_WRONG: dict[str, dict[str, Any]] = {
 
 def titles(responses: dict[str, Any], *statuses: str) -> set[str]:
     """What a route's page lists under these statuses."""
-    found: set[str] = set()
-    for status in statuses:
-        [media] = responses[status]["content"].values()
-        found |= {one["summary"] for one in media["examples"].values()}
-    return found
+    media = [kind for status in statuses for kind in responses[status]["content"].values()]
+    return {title for kind in media for title in kind["examples"]}
 
 
 @pytest.mark.parametrize("path", ["/embed", "/classify"])
@@ -259,20 +257,32 @@ def test_every_mistake_of_the_openai_route_is_answered_so(
         body = {"model": "prg-cifar10", "input": base64.b64encode(png()).decode()} | wrong
         headers = key | ({"Priority": "high"} if title == "Wrong header" else {})
         answer = client.post(path, json=body, headers=headers)
-        shown = spec["paths"][path]["post"]["responses"][str(answer.status_code)]
-        codes = {
-            e["summary"]: e["value"]["error"]["code"]
-            for e in shown["content"]["application/json"]["examples"].values()
-        }
-        assert answer.json()["error"]["code"] == codes[title]
+        responses = spec["paths"][path]["post"]["responses"]
+        listed = responses[str(answer.status_code)]["content"]["application/json"]["examples"]
+        assert answer.json()["error"]["code"] == listed[title]["value"]["error"]["code"]
 
 
-def test_the_example_of_a_model_tells_the_shipped_one(spec: dict[str, Any]) -> None:
+def test_every_error_on_the_page_is_a_row_of_the_table_and_says_when(spec: dict[str, Any]) -> None:
+    when = {row.title: row.when for row in PROBLEMS}
+    seen = set()
+    for route, operation in operations(spec):
+        for where, media in contents(operation):
+            if not where.startswith(("4", "5")):
+                continue
+            for title, example in media["examples"].items():
+                body = example["value"]
+                said = body["error"]["message"] if route.endswith("/v1/embeddings") else body["detail"]
+                assert said == when[title]
+                seen.add(title)
+    of_requests = {row.title for row in PROBLEMS if row.of == "request"}
+    assert of_requests - seen == {"Bad request", "Method not allowed"}
+
+
+def test_the_example_of_a_model_is_the_shipped_one(spec: dict[str, Any]) -> None:
     shipped = read_entry(Path(__file__).parents[2] / "model_repository" / "prg-cifar10")
-    shown = examples(
-        spec["paths"]["/models/{name}"]["get"]["responses"]["200"]["content"]["application/json"]
-    )[0]
+    content = spec["paths"]["/models/{name}"]["get"]["responses"]["200"]["content"]
+    [example] = examples(content["application/json"])
     measured = shipped.prg.versions[shipped.default_version].accuracy[0]
     for key in ("data", "images", "top1", "top5"):
-        assert shown["accuracy"][0][key] == getattr(measured, key)
+        assert example["accuracy"][0][key] == getattr(measured, key)
     assert FACTS["fingerprint"] == shipped.fingerprint(shipped.default_version)

@@ -21,10 +21,11 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.admission import Admission
 from service.app import create_app, main
 from service.auth import new_key
-from service.errors import Problem
-from service.inference import Admission, EngineOverloaded, EngineUnavailable, Job, ModelStatus
+from service.engines.contract import EngineOverloaded, EngineUnavailable, Job, ModelStatus
+from service.errors import SERVICE_UNAVAILABLE, Problem
 from service.limits import HELD_BODIES, BodyLimit, HungUp, while_connected
 from service.readiness import FRESH_S, Readiness
 from service.settings import Settings, SettingsError, load_settings, unknown_variables
@@ -202,7 +203,7 @@ def test_a_bug_is_a_500_that_says_nothing_of_the_inside(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("service.inference.load_image", broken)
+    monkeypatch.setattr("service.decoding.load_image", broken)
     response = client.post("/embed", files=IMAGE)
     assert response.status_code == 500
     assert response.headers["content-type"] == "application/problem+json"
@@ -293,14 +294,14 @@ def test_a_request_larger_than_the_queue_can_never_be_taken(start: Start) -> Non
 
 def test_admission_refuses_when_full_and_names_an_honest_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("service.inference.time.monotonic", lambda: now)
+    monkeypatch.setattr("service.admission.time.monotonic", lambda: now)
     admission = Admission(100, Metrics())
     for _ in range(10):  # ten images a second
         with admission.admit(10):
             now += 1
     with admission.admit(80), pytest.raises(Problem) as error:
         admission.admit(30).__enter__()
-    assert error.value.status == 503
+    assert error.value.kind is SERVICE_UNAVAILABLE
     assert error.value.headers == {"Retry-After": "8"}
     with admission.admit(100):
         assert admission.held == 100
@@ -329,7 +330,7 @@ def test_bodies_read_at_once_are_bounded() -> None:
             try:
                 await receive()
             except Problem as problem:
-                await problem.response()(scope, receive, send)
+                await problem.response("/embed")(scope, receive, send)
                 return
             await release.wait()
             await send({"type": "http.response.start", "status": 200, "headers": []})

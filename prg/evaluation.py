@@ -1,0 +1,118 @@
+"""Accuracy and calibration of an exported entry: the very module that is served, on preprocessing that is served."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from entry.config import Accuracy, Entry, EntryError, read_entry, write_entry
+from entry.runner import Runner
+from prg.console import track
+from prg.export import write_card
+from prg.images.sets import Images, same_classes
+
+BATCH = 64
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether a model that is p sure is right a share p of the time."""
+
+    nll: float
+    """Mean negative log-likelihood of the true class, in nats."""
+    ece: float
+    """Expected calibration error: the mean gap between confidence and accuracy over bins of confidence."""
+    confidence: tuple[float | None, ...]
+    """Mean confidence of each bin, None where it is empty."""
+    accuracy: tuple[float | None, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one version on one split."""
+
+    entry: Entry
+    version: str
+    accuracy: Accuracy
+    confusion: np.ndarray  # [K, K] counts, rows the true class
+    calibration: Calibration
+
+
+def evaluate(
+    directory: Path, images: Images, name: str, version: str | None = None, device: str = "cpu"
+) -> Evaluation:
+    """Classify labelled images with the entry's model.pt; `name` says what they are.
+
+    Raises EntryError for an entry without head, DataError for images without labels or of other classes.
+    """
+    runner = Runner(directory, version, device)
+    prg = runner.entry.prg
+    if prg.labels is None or prg.classify_t_end is None:
+        raise EntryError(
+            f"{directory}: was exported without a head, so it has no accuracy; fine-tune it first"
+        )
+    images = same_classes(images, prg.labels, name)
+    logits = classify(runner, images.pixels, prg.classify_t_end[0])
+    assert images.labels is not None
+    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    confusion = np.zeros((len(prg.labels),) * 2, np.int64)
+    np.add.at(confusion, (images.labels, top5[:, 0]), 1)
+    accuracy = Accuracy(
+        data=name,
+        images=len(images),
+        top1=round(float((top5[:, 0] == images.labels).mean()), 6),
+        top5=round(float((top5 == images.labels[:, None]).any(1).mean()), 6),
+    )
+    return Evaluation(runner.entry, runner.version, accuracy, confusion, calibration(logits, images.labels))
+
+
+def classify(runner: Runner, pixels: np.ndarray, t_end: float) -> np.ndarray:
+    """Logits float32 [N, K] of pixels uint8 [N, 3, S, S]."""
+    parts = []
+    with track(f"evaluating {runner.entry.name}", len(pixels)) as bar:
+        for start in range(0, len(pixels), BATCH):
+            batch = pixels[start : start + BATCH]
+            logits = runner.run(batch, np.full(len(batch), t_end, np.float32)).logits
+            assert logits is not None
+            parts.append(logits)
+            bar.advance(len(batch))
+    return np.concatenate(parts)
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
+    """logits [N, K], labels [N] -> calibration over equally wide bins (Guo et al. 2017)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    confidence = np.exp(log_p.max(axis=1))
+    right = log_p.argmax(axis=1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    sure = np.bincount(place, confidence, bins)
+    correct = np.bincount(place, right, bins)
+    return Calibration(
+        nll=round(float(-log_p[np.arange(len(labels)), labels].mean()), 6),
+        ece=round(float(np.abs(sure - correct).sum() / len(labels)), 6),
+        confidence=_means(sure, counts),
+        accuracy=_means(correct, counts),
+        counts=tuple(int(n) for n in counts),
+    )
+
+
+def record(directory: Path, evaluation: Evaluation) -> None:
+    """Write the figures into the entry's parameter and model card, in place of older ones on the same data."""
+    entry = read_entry(directory)  # again: it may have got versions while this one was evaluated
+    version = entry.prg.versions.get(evaluation.version)
+    if version is None or version.sha256 != evaluation.entry.prg.versions[evaluation.version].sha256:
+        raise EntryError(f"{directory}: version {evaluation.version} was replaced meanwhile; evaluate again")
+    others = tuple(a for a in version.accuracy if a.data != evaluation.accuracy.data)
+    updated = version.model_copy(update={"accuracy": (*others, evaluation.accuracy)})
+    versions = entry.prg.versions | {evaluation.version: updated}
+    entry = Entry(entry.name, entry.prg.model_copy(update={"versions": versions}))
+    write_entry(directory, entry)
+    write_card(directory, entry)
+
+
+def _means(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(float(s / n) if n else None for s, n in zip(sums, counts, strict=True))

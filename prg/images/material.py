@@ -1,0 +1,65 @@
+"""The images that a trained model may be evaluated on: none that it was trained on, unless that is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prg.errors import DataError
+from prg.images.held_out import hold_out
+from prg.images.sets import Images
+from prg.images.source import Source, standard_name
+from prg.images.splits import choose_evaluated, choose_split
+
+SHARE = 0.2
+"""Held out from the training split of a model that may have seen all of it, where that is asked for."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Splits of images, beside what is known of the model's training."""
+
+    source: str
+    """Where they are: a folder, or a dataset's name."""
+    found: dict[str, Source]
+    train: str
+    """The name of the training split, or another name for it."""
+    test: str
+    """The split to evaluate on where none is asked for; empty: test, else validation, else what was held out."""
+    held_out: float | None
+    """The share held out by every training of the model; 0 where none was, None where that is not known."""
+    seen: bool
+    """Whether images that the model may have been trained on are asked for all the same."""
+    load: Callable[[Source], Images]
+
+    @property
+    def name(self) -> str:
+        """What a person calls them."""
+        return Path(self.source).name
+
+    def evaluated(self, wanted: str = "") -> tuple[str, Images]:
+        """(name, images) to evaluate on: the split `wanted`, else the one for that.
+
+        Raises DataError where that is the training split, and what was held out of it is not known.
+        """
+        chosen = choose_evaluated(self.found, wanted or self.test, self.source, self.train)
+        if standard_name(chosen) != standard_name(self.train):
+            return f"{self.name}/{chosen}", self.load(self.found[chosen])
+        if self.seen:
+            return f"{self.name}/{chosen} (seen in training)", self.load(self.found[chosen])
+        return f"{self.name}/held-out", self.training()[1]
+
+    def training(self) -> tuple[Images, Images]:
+        """(what was trained on, what was held out) of the training split.
+
+        Raises DataError where none was held out, or it is not known which, unless `seen`.
+        """
+        share = self.held_out or (SHARE if self.seen else None)
+        if share is None:
+            why = (
+                "was trained on all of its images" if self.held_out == 0 else "may have been trained on them"
+            )
+            raise DataError(
+                f"{self.source}: the model {why}; name a test split or other images, or evaluate on these all "
+                "the same with --seen"
+            )
+        return hold_out(self.load(self.found[choose_split(self.found, self.train, self.source)]), share)

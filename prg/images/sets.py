@@ -1,0 +1,90 @@
+"""Sets of decoded images, and how the classes of one go with those of another."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prg.errors import DataError
+from prg.images.source import Source
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images, a row each."""
+
+    pixels: np.ndarray  # uint8 [N, 3, S, S], may be memory-mapped
+    labels: np.ndarray | None  # int64 [N]
+    classes: tuple[str, ...]
+    """Names by label; empty without labels."""
+    keys: np.ndarray  # uint64 [N]
+    """Which image each is, by a digest of its encoded bytes."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def subset(self, index: np.ndarray) -> "Images":
+        """The images at `index`, copied into memory."""
+        labels = None if self.labels is None else self.labels[index]
+        return Images(self.pixels[index], labels, self.classes, self.keys[index])
+
+    def unlabelled(self) -> "Images":
+        """The same images without their labels."""
+        return replace(self, labels=None, classes=())
+
+    def digest(self) -> str:
+        """16 hex digits, different for other images, another order, and other labels."""
+        found = hashlib.sha256(self.keys.tobytes())
+        if self.labels is not None:
+            found.update(self.labels.tobytes())
+        return found.hexdigest()[:16]
+
+
+def sample(images: Images, limit: int | None, seed: int = 0) -> Images:
+    """At most `limit` of the images, drawn at random, the same for the same seed."""
+    if limit is None or limit >= len(images):
+        return images
+    index = np.random.default_rng([seed, 0xF0]).permutation(len(images))[:limit]
+    return images.subset(np.sort(index))
+
+
+def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images:
+    """The images with their labels numbered as in training.
+
+    Raises DataError for images without labels, or of a class that training never saw.
+    """
+    if images.labels is None:
+        raise DataError(f"{where}: no labels")
+    number = numbers_of(images.classes, trained)
+    unknown = [images.classes[i] for i, n in enumerate(number) if n is None]
+    if unknown:
+        raise DataError(f"{where}: classes that training never saw: {', '.join(unknown)}")
+    return replace(images, labels=np.array(number, np.int64)[images.labels], classes=trained)
+
+
+def numbers_of(classes: Sequence[str], trained: tuple[str, ...]) -> list[int | None]:
+    """Where each class stands among those of training, by its name; None for one that does not.
+
+    Data that numbers its classes from 0, as many as there are, but names none, has them in training's order.
+    """
+    if set(classes) != set(trained) and set(classes) == {str(i) for i in range(len(trained))}:
+        return [int(name) for name in classes]
+    return [trained.index(name) if name in trained else None for name in classes]
+
+
+def check_classes_were_seen(trained: tuple[str, ...], seen: set[int], splits: Mapping[str, Source]) -> None:
+    """Raise DataError for a class that occurs only in images to evaluate on: no head could ever name it.
+
+    trained: the names of training's classes. seen: the labels that occur there. splits: the others, by name.
+    """
+    for name, source in splits.items():
+        number = numbers_of(source.classes, trained)
+        unseen = [
+            source.classes[i] for i in sorted(source.labels()) if source.classes and number[i] not in seen
+        ]
+        if unseen:
+            raise DataError(
+                f"split {name!r} has classes that training never saw: {', '.join(unseen)}; "
+                "add images of them to the training split, or remove them"
+            )

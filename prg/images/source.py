@@ -1,0 +1,37 @@
+"""One split of images before decoding, and the names that splits go by."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Names of a split's folder, files, or name on the hub."""
+
+Row = tuple[str, bytes, int]
+"""(name, encoded bytes, label)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split before decoding: its rows and what identifies them."""
+
+    rows: Callable[[], Iterator[Row]]
+    count: int
+    classes: tuple[str, ...]
+    """Names by label; empty where the images have no labels."""
+    fingerprint: str
+    """Changes when a file does."""
+    labels: Callable[[], set[int]]
+    """The labels that occur; no image is read for it."""
+    why_unlabelled: str = ""
+    """What would have to change for its folders to be classes; empty where there are none."""
+    skipped: Callable[[], str] = str
+    """Which of its files are skipped because of their ending."""
+
+
+def standard_name(split: str) -> str:
+    """The one name of a split that has several: val is validation."""
+    return next((one for one, names in SPLITS.items() if split.lower() in names), split)

@@ -1,0 +1,78 @@
+"""A run's checkpoint as an entry: which model, and what the entry says of its training."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from entry.config import sha256
+from prg.checkpoint import Facts, Stage, load_checkpoint, load_strictly
+from prg.classifier import Classifier
+from prg.encoder import Encoder
+from prg.export import Export, Precision, export
+from prg.training.finetune import load_finetuned
+from prg.training.run import Run
+from prg.unet import UNet
+
+
+def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compact: bool) -> str:
+    """Export the run's model of that stage to the entry in `directory`; returns the version written.
+
+    Raises CheckpointError where the stage has no checkpoint, and whatever `export` raises.
+    """
+    path = run.checkpoint(stage)
+    model: Encoder | Classifier
+    if stage == "finetune":
+        model, facts = load_finetuned(path)
+    else:
+        saved = load_checkpoint(path)
+        facts = saved.facts
+        net = UNet(facts.recipe.unet)
+        load_strictly(net, saved.part("average"), path)
+        model = Encoder(net, facts.recipe.encoder)
+    described = Export(
+        # As it was trained, whatever recipe.json says by now.
+        image=facts.recipe.image.spec,
+        t_end=run.recipe.serve.t_end,
+        feature=run.recipe.serve.feature,
+        training=training_facts(run.recipe.about, facts) | {"checkpoint": sha256(path)},
+        labels=facts.classes or None,
+        classify_t_end=facts.recipe.finetune.t_end if stage == "finetune" else None,
+        precision=precision,
+        compact=compact,
+    )
+    return export(model, described, directory)
+
+
+def training_facts(about: str, facts: Facts) -> dict[str, Any]:
+    """What a reader of the entry wants to know of its making, as plain JSON."""
+    made: dict[str, Any] = {
+        "recipe": about,
+        "seed": facts.recipe.seed,
+        "commit": commit(),
+        "split": facts.recipe.data.train,
+        "history": [*facts.history, facts.summary()],
+        "held_out": facts.held_out,
+    }
+    if facts.trained is not None:
+        hours = round(facts.trained.seconds / 3600, 3)
+        made |= {"images": facts.trained.images, "hours": hours, "device": facts.trained.device}
+    if facts.imported is not None:
+        made["imported"] = facts.imported.model_dump(mode="json")
+    if facts.cross_validated is not None:
+        made["cross_validated"] = facts.cross_validated.model_dump(mode="json")
+    return made
+
+
+def commit() -> str | None:
+    """The commit of the code, where it lies in a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

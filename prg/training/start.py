@@ -1,0 +1,102 @@
+"""What a fine-tuning begins from: the network of a pretraining, of another fine-tuning, or of an entry."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from entry.config import check_weights, read_entry, sha256
+from prg.checkpoint import differences, load_checkpoint, load_strictly
+from prg.console import note
+from prg.errors import CheckpointError
+from prg.recipe import Image
+from prg.unet import PRESETS, UNet, UNetConfig, shapes_of
+
+NET = "encoder.solver.velocity.net"
+"""The network's name in a classifier; an entry's module puts `classifier.` before it where it has a head."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known of the weights that a training began from, as `prg.checkpoint.Facts` has it."""
+
+    sha256: str
+    held_out: float | None
+    history: tuple[str, ...]
+
+
+def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -> tuple[UNet, Start]:
+    """The network of `init`, and what is known of it.
+
+    init: a checkpoint of `prg pretrain` or `prg finetune` (its averaged weights), or the folder of an entry (its
+    highest version). network, image, path: what the recipe asks for.
+    Raises CheckpointError or EntryError where it is something else, of another network, of other image facts, or of
+    another probability path.
+    """
+    if not (init / "config.pbtxt").is_file():
+        return _from_checkpoint(init, network, image, path)
+    entry = read_entry(init)
+    version = entry.default_version
+    module = check_weights(init, entry, version)
+    there = entry.prg.image
+    changed = [
+        f"image.{key} is {getattr(there, key)} there, {getattr(image, key)} in the recipe"
+        for key in ("size", "mean", "std")
+        if getattr(there, key) != getattr(image, key)
+    ]
+    if entry.prg.path != path:
+        changed.append(f"encoder.path is {entry.prg.path!r} there, {path!r} in the recipe")
+    if changed:
+        raise CheckpointError(
+            f"{init}: its network takes something else than the recipe's ({'; '.join(changed)}); "
+            "change the recipe, such as by --set"
+        )
+    prefix = f"classifier.{NET}." if entry.has_head else f"{NET}."
+    state = torch.jit.load(str(module), map_location="cpu").state_dict()
+    weights = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
+    shapes = {k: v.shape for k, v in weights.items()}
+    shape = PRESETS[network] if isinstance(network, str) else network
+    if shapes_of(shape) != shapes:
+        fitting = [
+            f": --set network={name}" for name, config in PRESETS.items() if shapes_of(config) == shapes
+        ]
+        raise CheckpointError(f"{init}: its network is another than the recipe's{''.join(fitting[:1])}")
+    net = UNet(shape)
+    net.load_state_dict(weights)
+    facts = entry.prg.versions[version]
+    line = f"entry: {entry.name} version {version} ({facts.sha256[:12]})"
+    history = (*facts.training.get("history", ()), line)
+    return net, Start(facts.sha256, facts.training.get("held_out"), history)
+
+
+def _from_checkpoint(init: Path, network: str | UNetConfig, image: Image, path: str) -> tuple[UNet, Start]:
+    _refuse_what_lies_beside(init)
+    saved = load_checkpoint(init)
+    facts = saved.facts
+    wanted = facts.recipe.model_copy(update={"network": network, "image": image})
+    then, now = (r.model_dump(mode="json", include={"network", "image"}) for r in (facts.recipe, wanted))
+    changed = differences(
+        then | {"encoder": {"path": facts.recipe.encoder.path}}, now | {"encoder": {"path": path}}
+    )
+    if changed:
+        raise CheckpointError(f"{init}: trained with other settings ({'; '.join(changed)})")
+    if facts.trained and not facts.complete:
+        note(f"{init} is unfinished, step {facts.trained.step} of {facts.trained.steps}")
+    net = UNet(facts.recipe.unet)
+    load_strictly(net, saved.part("average" if facts.stage == "pretrain" else f"average.{NET}"), init)
+    history = (*facts.history, facts.summary())
+    return net, Start(sha256(init), facts.held_out, history)
+
+
+def _refuse_what_lies_beside(init: Path) -> None:
+    """Raise CheckpointError that names what was meant, where `init` is near it."""
+    inside = [init / stage / "checkpoint.safetensors" for stage in ("pretrain", "finetune", ".")]
+    checkpoints = [str(path) for path in inside if path.is_file()]
+    if checkpoints:
+        raise CheckpointError(f"{init}: a folder; name a checkpoint in it: {' or '.join(checkpoints)}")
+    entries = [str(path.parent) for path in sorted(init.glob("*/config.pbtxt"))]
+    if entries:
+        raise CheckpointError(f"{init}: a folder of entries; name one: {' or '.join(entries)}")
+    for entry in (init.parent, init.parent.parent):
+        if (entry / "config.pbtxt").is_file():
+            raise CheckpointError(f"{init}: a part of an entry; name the entry's folder: {entry}")

@@ -1,0 +1,48 @@
+"""Decoding: a request's images to arrays, each by itself and off the event loop."""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+
+from entry.config import ImageSpec
+from entry.images import ImageError, load_image
+from service.fetch import Fetcher
+from service.intake import Item, Remote
+from service.settings import Settings
+from service.telemetry import Metrics
+
+
+class Decoder:
+    """Fetches and decodes images. Nothing in a file reaches the image beside it, the event loop or a batch."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._limits = settings.image_limits
+        self._fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
+
+    async def close(self) -> None:
+        """Free the threads and connections."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._fetcher.close()
+
+    async def decode(self, items: Sequence[Item], spec: ImageSpec) -> list[np.ndarray | ImageError]:
+        """Of each image uint8 [3, S, S], or what is wrong with it."""
+        return await asyncio.gather(*(self._decode(item, spec) for item in items))
+
+    async def _decode(self, item: Item, spec: ImageSpec) -> np.ndarray | ImageError:
+        loop = asyncio.get_running_loop()
+        try:
+            # bytes() of bytes is the object itself.
+            read = partial(bytes, await self._fetcher.fetch(item.url)) if isinstance(item, Remote) else item
+            return await loop.run_in_executor(self._threads, self._load, read, spec)
+        except ImageError as error:
+            return error
+
+    def _load(self, read: Callable[[], bytes], spec: ImageSpec) -> np.ndarray:
+        with self._metrics.decode_seconds.time():
+            return load_image(read(), spec, self._limits)
