@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.arms import ARMS, flops
-from entry.config import write_atomically
+from entry.files import write_atomically
 from prg.checkpoint import Facts
 from prg.console import track
 from prg.errors import Interrupted
@@ -159,12 +159,7 @@ class Comparison:
                 stage="finetune",
                 recipe=recipe,
                 trained=not_begun(images, steps_of(config, len(images)), "fp32", device),
-                imported=None,
                 classes=images.classes,
-                init="",
-                held_out=None,
-                history=(),
-                cross_validated=None,
             ),
             model=model,
             prepare=finetuning_batch(recipe, classes),
@@ -215,11 +210,11 @@ class Comparison:
         everything = replace(self.training, pixels=np.arange(len(self.training)))
         assert self.test.labels is not None
         for name, share, seed in wanted:
-            fitted, judged = (getattr(f, name) for f in features)
+            fitted, judged = (f[name.upper()] for f in features)
             some = labelled_share(everything, share, seed)
             assert some.labels is not None
-            probe = linear_probe(fitted[some.pixels], some.labels, len(some.classes))
-            found = top1(probe.logits(judged), self.test.labels)
+            logits = linear_probe(fitted[some.pixels], some.labels, judged, len(some.classes))
+            found = top1(logits, self.test.labels)
             self.kept["runs"][key(name, share, seed)] = {"top1": found, "seconds": seconds}
         self.keep()
 

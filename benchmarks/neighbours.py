@@ -70,8 +70,8 @@ def features(runner: Runner, pixels: np.ndarray, t_end: float) -> dict[str, np.n
         for start in range(0, len(pixels), BATCH)
     ]
     return {
-        "hidden": np.concatenate([part.hidden for part in parts]),
-        "state": np.concatenate([part.state for part in parts]),
+        "hidden": np.concatenate([part["HIDDEN"] for part in parts]),
+        "state": np.concatenate([part["STATE"] for part in parts]),
     }
 
 

@@ -104,12 +104,7 @@ def answers(runner: Runner, pixels: np.ndarray, level: float, batch: int) -> dic
     for start in range(0, len(pixels), batch):
         some = pixels[start : start + batch]
         parts.append(runner.run(some, np.full(len(some), level, np.float32)))
-    found = {
-        "STATE": np.concatenate([p.state for p in parts]),
-        "HIDDEN": np.concatenate([p.hidden for p in parts]),
-    }
-    logits = [p.logits for p in parts if p.logits is not None]
-    return found | ({"LOGITS": np.concatenate(logits)} if logits else {})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def seconds(runner: Runner, pixels: np.ndarray, level: float) -> float:

@@ -3,9 +3,7 @@
 Triton and the embedded engine read the very same file, both through Triton's ModelConfig message.
 """
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Annotated, Any, Literal
 from google.protobuf import text_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
+
+from entry.files import sha256, write_atomically
 
 MAX_BATCH_SIZE = 64
 PLATFORM = "pytorch_libtorch"
@@ -275,20 +275,6 @@ def write_entry(directory: Path, entry: Entry) -> None:
     write_atomically(directory / "config.pbtxt", text.encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file; whatever interrupts this, `path` holds the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def check_weights(directory: Path, entry: Entry, version: str) -> Path:
     """The path of a version's model.pt, its sha256 checked. Raises EntryError where they differ."""
     path = directory / version / "model.pt"
@@ -303,12 +289,6 @@ def check_weights(directory: Path, entry: Entry, version: str) -> Path:
             f"the file is damaged or was replaced: restore it, or {REMEDY}"
         )
     return path
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_entries(repository: Path) -> dict[str, Entry | EntryError]:

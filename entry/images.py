@@ -27,13 +27,7 @@ OTHERS = {
     b"farbfeld": "farbfeld",
     b"<svg": "SVG",
     b"<?xml": "SVG or other XML",
-    b"P1": "PNM",
-    b"P2": "PNM",
-    b"P3": "PNM",
-    b"P4": "PNM",
-    b"P5": "PNM",
-    b"P6": "PNM",
-    b"P7": "PNM",
+    **{b"P%d" % number: "PNM" for number in range(1, 8)},
 }
 """How files of some formats begin that are images, but not accepted."""
 

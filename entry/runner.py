@@ -1,21 +1,11 @@
 """Run an entry's model.pt in this process; the package's only importer of torch."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from entry.config import EntryError, check_weights, read_entry
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What an entry answers for a batch: float32 arrays, a row an image; logits None without a head."""
-
-    state: np.ndarray  # [B, D_s]
-    hidden: np.ndarray  # [B, D_h]
-    logits: np.ndarray | None  # [B, K]
 
 
 class Runner:
@@ -41,8 +31,11 @@ class Runner:
             raise EntryError(f"{path}: PyTorch {torch.__version__} can't load it ({reason})") from None
         self._check(path)
 
-    def run(self, images: np.ndarray, t_end: np.ndarray) -> Outputs:
-        """images uint8 [B, 3, S, S] and t_end float32 [B] -> Outputs. Raises ValueError on other shapes."""
+    def run(self, images: np.ndarray, t_end: np.ndarray) -> dict[str, np.ndarray]:
+        """images uint8 [B, 3, S, S] and t_end float32 [B] -> the entry's outputs by name, float32 [B, D] each.
+
+        Raises ValueError on other shapes.
+        """
         size = self.entry.prg.image.size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
@@ -50,8 +43,8 @@ class Runner:
             )
         if t_end.dtype != np.float32 or t_end.shape != images.shape[:1]:
             raise ValueError(f"t_end is {t_end.dtype} {t_end.shape}, must be float32 [{len(images)}]")
-        arrays = [tensor.float().cpu().numpy() for tensor in self._call(images, t_end)]
-        return Outputs(arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None)
+        tensors = zip(self.entry.outputs(), self._call(images, t_end), strict=True)
+        return {name: tensor.float().cpu().numpy() for name, tensor in tensors}
 
     def _call(self, images: np.ndarray, t_end: np.ndarray) -> tuple[torch.Tensor, ...]:
         with torch.inference_mode():

@@ -7,17 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entry.config import ImageSpec
 from entry.images import load_image
 from entry.runner import Runner
-from prg.checkpoint import load_checkpoint, load_strictly
 from prg.classifier import Classifier
-from prg.encoder import Encoder
 from prg.errors import CheckpointError
 from prg.images.augmentation import normalise
-from prg.unet import UNet
+from prg.training.finetune import load_trained
 
 
 class Encoding(NamedTuple):
@@ -101,20 +99,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
         if not found:
             raise CheckpointError(f"{path}: neither an entry nor a run with a checkpoint")
         path = found[0]
-    module, encoder, image, labels = _from_checkpoint(path)
-    return Model(module.to(device).eval(), encoder, image, labels)
-
-
-def _from_checkpoint(path: Path) -> tuple[nn.Module, Encoder, ImageSpec, tuple[str, ...]]:
-    saved = load_checkpoint(path)
-    recipe, classes = saved.facts.recipe, saved.facts.classes
-    encoder = Encoder(UNet(recipe.unet), recipe.encoder)
-    module: nn.Module = encoder.net
-    model: Encoder | Classifier = encoder
-    if saved.facts.stage == "finetune":
-        module = model = Classifier(encoder, recipe.head(len(classes)))
-    load_strictly(module, saved.part("average"), path)
-    return model, encoder, recipe.image.spec, classes
+    model, facts = load_trained(path)
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    return Model(model.to(device).eval(), encoder, facts.recipe.image.spec, facts.classes)
 
 
 def _levels(x: Tensor, t: float | Tensor) -> Tensor:

@@ -37,13 +37,15 @@ class Trained(Section):
 
 
 class CrossValidated(Section):
-    """Top-1 of a head by stratified cross-validation, beside the penalty that was chosen by it."""
+    """A head with one penalty by stratified cross-validation: means over the folds."""
 
     penalty: float
     folds: int
+    loss: float
+    """Cross-entropy, in nats."""
     top1: float
     spread: float
-    """Standard deviation over the folds."""
+    """Standard deviation of top1 over the folds."""
 
 
 class Imported(Section):
@@ -58,24 +60,24 @@ class Imported(Section):
 
 
 class Facts(Section):
-    """Everything in a checkpoint that is no tensor. Every key is always there."""
+    """Everything in a checkpoint that is no tensor. In a file every key is there, whatever has a default here."""
 
     stage: Stage
     recipe: Recipe
     """Without the place of its images."""
-    trained: Trained | None
+    trained: Trained | None = None
     """None for an import."""
-    imported: Imported | None
-    classes: tuple[str, ...]
+    imported: Imported | None = None
+    classes: tuple[str, ...] = ()
     """Of the head; empty without one."""
-    init: str
+    init: str = ""
     """SHA-256 of what the weights began from; empty for random ones."""
-    held_out: float | None
+    held_out: float | None = None
     """The smallest share that was held out by any training behind these weights, this one included; 0 where one
     held none out, None where it is not known (an import)."""
-    history: tuple[str, ...]
+    history: tuple[str, ...] = ()
     """The trainings that these weights began from, oldest first, a line each for people."""
-    cross_validated: CrossValidated | None
+    cross_validated: CrossValidated | None = None
     """Of a head on a frozen encoder."""
 
     @property

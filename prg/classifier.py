@@ -1,13 +1,15 @@
 """Heads, and the classifier: encoder and head together."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from prg.encoder import STATE_DIM, Encoder
 
-HEAD_INPUTS = ("state", "hidden", "both")
+HeadInput = Literal["state", "hidden", "both"]
+HeadKind = Literal["mlp", "linear"]
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,9 @@ class HeadConfig:
     """What the head reads, its form, and how many classes it tells apart."""
 
     classes: int
-    input: str = "state"
-    kind: str = "mlp"
+    input: HeadInput = "state"
+    kind: HeadKind = "mlp"
     """mlp: the official head, LayerNorm, Linear, Tanh, Linear without bias. linear: LayerNorm, Linear."""
-
-    def __post_init__(self) -> None:
-        if self.input not in HEAD_INPUTS:
-            raise ValueError(f"unknown head input {self.input!r}: choose one of {', '.join(HEAD_INPUTS)}")
-        if self.kind not in ("mlp", "linear"):
-            raise ValueError(f"unknown head {self.kind!r}: choose mlp or linear")
 
 
 class Head(nn.Module):
@@ -49,7 +45,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, config: HeadConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.input = config.input
+        self.input: str = config.input
         dims = {"state": STATE_DIM, "hidden": encoder.hidden_dim, "both": STATE_DIM + encoder.hidden_dim}
         self.head = Head(dims[config.input], config)
 

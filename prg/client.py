@@ -4,10 +4,12 @@ import asyncio
 import base64
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -83,7 +85,7 @@ class ClassifyOptions(TypedDict, total=False):
     top_k: int
 
 
-class Client:
+class AsyncClient:
     """Calls a service; waits and tries again where it is asked to (Retry-After) or meets no server.
 
     Images may be any number: they travel in several requests. Raises ServiceError for an answer that is an
@@ -91,49 +93,8 @@ class Client:
     """
 
     def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
-        self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
-
-    def __enter__(self) -> "Client":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.close()
-
-    def embed(self, images: Iterable[Image], **options: Unpack[EmbedOptions]) -> Embeddings:
-        """Embeddings of images."""
-        return self._run(_embed(images, options))
-
-    def classify(self, images: Iterable[Image], **options: Unpack[ClassifyOptions]) -> Classes:
-        """Classes of images."""
-        return self._run(_classify(images, options))
-
-    def models(self) -> dict[str, Any]:
-        """What GET /models answers."""
-        return self._run(_models())
-
-    def _run(self, flow: "_Flow[T]") -> T:
-        answer: dict[str, Any] | None = None
-        while True:
-            try:
-                step = flow.send(answer)
-            except StopIteration as done:
-                result: T = done.value
-                return result
-            answer = None
-            if isinstance(step, float):
-                time.sleep(step)
-            else:
-                try:
-                    answer = {"response": self._http.request(step.method, step.path, **step.body())}
-                except httpx.TransportError as error:
-                    answer = {"error": error}
-
-
-class AsyncClient:
-    """The same, for asyncio."""
-
-    def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout_s)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -143,113 +104,112 @@ class AsyncClient:
 
     async def embed(self, images: Iterable[Image], **options: Unpack[EmbedOptions]) -> Embeddings:
         """Embeddings of images."""
-        return await self._run(_embed(images, options))
+        facts, items = await self._post("/embed", images, {**options, "encoding_format": "base64"})
+        t_end, dim = options.get("t_end"), facts["dim"]
+        shape = (len(items), len(t_end), dim) if isinstance(t_end, list) else (len(items), dim)
+        vectors = np.full(shape, np.nan, np.float32)
+        for row, item in enumerate(items):
+            if "embedding" in item:
+                vectors[row] = _decoded(item["embedding"])
+            elif "embeddings" in item:
+                vectors[row] = [_decoded(level["embedding"]) for level in item["embeddings"]]
+        return Embeddings(vectors, _errors(items), facts["model"], facts["fingerprint"])
 
     async def classify(self, images: Iterable[Image], **options: Unpack[ClassifyOptions]) -> Classes:
         """Classes of images."""
-        return await self._run(_classify(images, options))
+        facts, items = await self._post("/classify", images, {**options})
+        predictions = [[Prediction(**p) for p in item.get("predictions", ())] for item in items]
+        return Classes(predictions, _errors(items), facts["model"], facts["fingerprint"])
 
     async def models(self) -> dict[str, Any]:
         """What GET /models answers."""
-        return await self._run(_models())
+        return _read(await self._request("GET", "/models"))
 
-    async def _run(self, flow: "_Flow[T]") -> T:
-        answer: dict[str, Any] | None = None
-        while True:
+    async def _post(
+        self, path: str, images: Iterable[Image], options: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(an answer, the items of all) of as many requests as the images need, all of the same weights."""
+        facts: dict[str, Any] | None = None
+        items: list[dict[str, Any]] = []
+        refused: ServiceError | None = None
+        for files in _portions(images):
             try:
-                step = flow.send(answer)
-            except StopIteration as done:
-                result: T = done.value
-                return result
-            answer = None
-            if isinstance(step, float):
-                await asyncio.sleep(step)
-            else:
-                try:
-                    answer = {"response": await self._http.request(step.method, step.path, **step.body())}
-                except httpx.TransportError as error:
-                    answer = {"error": error}
+                answer = _read(await self._request("POST", path, files=files, data=options))
+            except ServiceError as error:
+                if error.status != 413 or len(files) > 1:
+                    raise
+                refused = error  # one image larger than a whole request may be: an error of its own
+                items.append({"error": {"detail": str(error)}})
+                continue
+            if facts and answer["fingerprint"] != facts["fingerprint"]:
+                raise ServiceError(409, "the model was replaced between two requests; ask again")
+            facts = answer
+            items.extend(answer["data"])
+        if refused and not facts:
+            raise refused
+        if not facts:
+            raise ValueError("no images")
+        return facts, items
+
+    async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """The answer to one request, asked again where that makes sense."""
+        for attempt in range(RETRIES):
+            response = None
+            with contextlib.suppress(httpx.TransportError):
+                response = await self._http.request(method, path, **content)
+                if response.status_code not in (429, 503):
+                    return response
+            await asyncio.sleep(_wait_s(response, attempt))
+        return await self._http.request(method, path, **content)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A request to be made."""
+class Client:
+    """The same without asyncio: the requests of all clients run in one thread beside the program."""
 
-    method: str
-    path: str
-    files: list[tuple[str, tuple[str, bytes]]] = field(default_factory=list)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
+        self._client = AsyncClient(url, key, timeout_s)
 
-    def body(self) -> dict[str, Any]:
-        return {"files": self.files, "data": self.options} if self.files else {}
+    def __enter__(self) -> "Client":
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-_Flow = Generator[_Call | float, Any, T]
-"""What a method does, free of input and output: yields calls to make and seconds to wait, returns its result."""
+    def close(self) -> None:
+        """Close the connections."""
+        self._run(self._client.__aexit__())
 
+    def embed(self, images: Iterable[Image], **options: Unpack[EmbedOptions]) -> Embeddings:
+        """Embeddings of images."""
+        return self._run(self._client.embed(images, **options))
 
-def _embed(images: Iterable[Image], options: EmbedOptions) -> _Flow[Embeddings]:
-    facts, items = yield from _post("/embed", images, {**options, "encoding_format": "base64"})
-    t_end, dim = options.get("t_end"), facts["dim"]
-    shape = (len(items), len(t_end), dim) if isinstance(t_end, list) else (len(items), dim)
-    vectors = np.full(shape, np.nan, np.float32)
-    for row, item in enumerate(items):
-        if "embedding" in item:
-            vectors[row] = _decoded(item["embedding"])
-        elif "embeddings" in item:
-            vectors[row] = [_decoded(level["embedding"]) for level in item["embeddings"]]
-    return Embeddings(vectors, _errors(items), facts["model"], facts["fingerprint"])
+    def classify(self, images: Iterable[Image], **options: Unpack[ClassifyOptions]) -> Classes:
+        """Classes of images."""
+        return self._run(self._client.classify(images, **options))
 
+    def models(self) -> dict[str, Any]:
+        """What GET /models answers."""
+        return self._run(self._client.models())
 
-def _classify(images: Iterable[Image], options: ClassifyOptions) -> _Flow[Classes]:
-    facts, items = yield from _post("/classify", images, {**options})
-    predictions = [[Prediction(**p) for p in item.get("predictions", ())] for item in items]
-    return Classes(predictions, _errors(items), facts["model"], facts["fingerprint"])
-
-
-def _models() -> _Flow[dict[str, Any]]:
-    return (yield from _call(_Call("GET", "/models")))
-
-
-def _post(
-    path: str, images: Iterable[Image], options: Mapping[str, Any]
-) -> _Flow[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(an answer, the items of all) of as many requests as the images need, all of the same weights."""
-    facts: dict[str, Any] | None = None
-    items: list[dict[str, Any]] = []
-    refused: ServiceError | None = None
-    for files in _portions(images):
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, _loop())
         try:
-            answer = yield from _call(_Call("POST", path, files, options))
-        except ServiceError as error:
-            if error.status != 413 or len(files) > 1:
-                raise
-            refused = error  # one image larger than a whole request may be: an error of its own
-            items.append({"error": {"detail": str(error)}})
-            continue
-        if facts and answer["fingerprint"] != facts["fingerprint"]:
-            raise ServiceError(409, "the model was replaced between two requests; ask again")
-        facts = answer
-        items.extend(answer["data"])
-    if refused and not facts:
-        raise refused
-    if not facts:
-        raise ValueError("no images")
-    return facts, items
+            return future.result()
+        except BaseException:  # also Ctrl-C, which arrives here while the request is in flight
+            future.cancel()
+            raise
 
 
-def _call(call: _Call) -> _Flow[dict[str, Any]]:
-    """The answer to one request, asked again where that makes sense."""
-    for attempt in range(RETRIES + 1):
-        outcome = yield call
-        response: httpx.Response | None = outcome.get("response")
-        if response is not None and response.status_code not in (429, 503):
-            return _read(response)
-        if attempt < RETRIES:
-            yield _wait_s(response, attempt)
-    if response is None:
-        raise outcome["error"]
-    return _read(response)
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Of all clients. In a daemon thread: a client that nobody closes must not keep the program from ending."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="prg-client", daemon=True).start()
+    return loop
+
+
+# A forked process has no such thread yet.
+os.register_at_fork(after_in_child=_loop.cache_clear)
 
 
 def _read(response: httpx.Response) -> dict[str, Any]:
@@ -302,7 +262,3 @@ def _errors(items: list[dict[str, Any]]) -> dict[int, str]:
 
 def _decoded(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f4")
-
-
-def _headers(key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -3,19 +3,31 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 LINE_EVERY_S = 30.0
 
 
-class Bar(Protocol):
-    """Receives the progress of some work."""
+@dataclass
+class Bar:
+    """Receives the progress of some work, and shows it."""
+
+    show: Callable[[int, float, str], None]
+    """show(units done, units a second, note)."""
+    done: int
+    first: int = field(init=False)
+    start: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.first = self.done
 
     def advance(self, amount: int, note: str = "") -> None:
         """`amount` more units are done; `note` is shown beside the bar."""
+        self.done += amount
+        rate = (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
+        self.show(self.done, rate, note)
 
 
 def is_main_process() -> bool:
@@ -39,10 +51,10 @@ def first_few(lines: list[str], count: int = 10) -> str:
 def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterator[Bar]:
     """A bar over `total` units, of which `done` were done before."""
     if not is_main_process():
-        yield _Silence()
+        yield Bar(lambda *_: None, done)
         return
     if not sys.stderr.isatty():
-        yield _Lines(title, total, unit, done)
+        yield Bar(_lines(title, total, unit), done)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -56,47 +68,25 @@ def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterat
     ]
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total, completed=done, rate="", note="")
-        start, count = time.monotonic(), 0
 
-        class Rich:
-            def advance(self, amount: int, note: str = "") -> None:
-                nonlocal count
-                count += amount
-                rate = f"{count / max(time.monotonic() - start, 1e-9):.0f} {unit}/s"
-                progress.update(task, advance=amount, rate=rate, note=note)
+        def show(done: int, rate: float, note: str) -> None:
+            progress.update(task, completed=done, rate=f"{rate:.0f} {unit}/s", note=note)
 
-        yield Rich()
+        yield Bar(show, done)
 
 
-class _Silence:
-    def advance(self, amount: int, note: str = "") -> None:
-        pass
-
-
-@dataclass
-class _Lines:
+def _lines(title: str, total: int, unit: str) -> Callable[[int, float, str], None]:
     """A line every half minute, for log files."""
+    last = time.monotonic()
 
-    title: str
-    total: int
-    unit: str
-    done: int
-    start: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
-    count: int = 0
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self.done += amount
-        self.count += amount
+    def show(done: int, rate: float, note: str) -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - self.last < LINE_EVERY_S and self.done < self.total:
+        if now - last < LINE_EVERY_S and done < total:
             return
-        self.last = now
-        rate = self.count / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / max(rate, 1e-9)
-        print(
-            f"{self.title}: {self.done}/{self.total}, {rate:.0f} {self.unit}/s, "
-            f"{left / 60:.1f} min left  {note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        last = now
+        left = (total - done) / max(rate, 1e-9) / 60
+        text = f"{title}: {done}/{total}, {rate:.0f} {unit}/s, {left:.1f} min left  {note}"
+        print(text, file=sys.stderr, flush=True)
+
+    return show

@@ -1,10 +1,11 @@
 """The reverse solve as an encoder: an image to its state at t_end and the activations there."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from prg.paths import PATHS, VelocityField
@@ -22,18 +23,10 @@ class EncoderConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    path: str = "icfm"
-    solver: str = "euler"
-    steps: int = 1
-    layers: tuple[str, ...] = ("middle_block",)
-
-    def __post_init__(self) -> None:
-        if self.path not in PATHS:
-            raise ValueError(f"unknown path {self.path!r}: choose one of {', '.join(PATHS)}")
-        if self.solver not in TABLEAUS:
-            raise ValueError(f"unknown solver {self.solver!r}: choose one of {', '.join(TABLEAUS)}")
-        if self.steps < 1 or not self.layers:
-            raise ValueError(f"steps = {self.steps}, layers = {self.layers}: at least one of each is needed")
+    path: Literal["icfm", "otcfm", "gvp", "vp"] = "icfm"
+    solver: Literal["euler", "midpoint", "heun", "rk4"] = "euler"
+    steps: Annotated[int, Field(ge=1)] = 1
+    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("middle_block",)
 
     @property
     def nfe(self) -> int:

@@ -74,9 +74,7 @@ def classify(runner: Runner, pixels: np.ndarray, t_end: float) -> np.ndarray:
     with track(f"evaluating {runner.entry.name}", len(pixels)) as bar:
         for start in range(0, len(pixels), BATCH):
             batch = pixels[start : start + BATCH]
-            logits = runner.run(batch, np.full(len(batch), t_end, np.float32)).logits
-            assert logits is not None
-            parts.append(logits)
+            parts.append(runner.run(batch, np.full(len(batch), t_end, np.float32))["LOGITS"])
             bar.advance(len(batch))
     return np.concatenate(parts)
 

@@ -23,11 +23,10 @@ from entry.config import (
     Tolerance,
     Version,
     read_entry,
-    sha256,
-    write_atomically,
     write_entry,
 )
-from entry.runner import Outputs, Runner
+from entry.files import sha256, write_atomically
+from entry.runner import Runner
 from prg.classifier import Classifier
 from prg.encoder import STATE_DIM, Encoder
 from prg.errors import ExportError
@@ -44,39 +43,44 @@ OTHER_BATCH = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 LEVELS = (1.0, 0.9, 0.8, 0.55, 0.3, 0.0)
 
 
-class FeatureExtractor(nn.Module):
-    """IMAGE uint8 [B, 3, S, S], T_END [B, 1] -> STATE, HIDDEN."""
+class Normalise(nn.Module):
+    """uint8 [B, 3, S, S] -> the network's own units."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: Encoder, image: ImageSpec) -> None:
+    def __init__(self, image: ImageSpec) -> None:
         super().__init__()
-        self.encoder = encoder
         self.register_buffer("mean", torch.tensor(image.mean)[:, None, None] * 255)
         self.register_buffer("std", torch.tensor(image.std)[:, None, None] * 255)
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() - self.mean) / self.std
+
+
+class FeatureExtractor(nn.Module):
+    """IMAGE uint8 [B, 3, S, S], T_END [B, 1] -> STATE, HIDDEN."""
+
+    def __init__(self, encoder: Encoder, image: ImageSpec) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.normalise = Normalise(image)
+
     def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor]:
-        x = (IMAGE.float() - self.mean) / self.std
-        state, hidden = self.encoder(x, T_END.flatten().clamp(0.0, 1.0))
+        state, hidden = self.encoder(self.normalise(IMAGE), T_END.flatten().clamp(0.0, 1.0))
         return state, hidden
 
 
 class ClassExtractor(nn.Module):
     """IMAGE uint8 [B, 3, S, S], T_END [B, 1] -> STATE, HIDDEN, LOGITS."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, classifier: Classifier, image: ImageSpec) -> None:
         super().__init__()
         self.classifier = classifier
-        self.register_buffer("mean", torch.tensor(image.mean)[:, None, None] * 255)
-        self.register_buffer("std", torch.tensor(image.std)[:, None, None] * 255)
+        self.normalise = Normalise(image)
 
     def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = (IMAGE.float() - self.mean) / self.std
-        state, hidden, logits = self.classifier(x, T_END.flatten().clamp(0.0, 1.0))
+        state, hidden, logits = self.classifier(self.normalise(IMAGE), T_END.flatten().clamp(0.0, 1.0))
         return state, hidden, logits
 
 
@@ -154,12 +158,12 @@ def prove_equal(extractor: nn.Module, directory: Path, precision: Precision) -> 
     levels = np.array(LEVELS, np.float32)
     with torch.inference_mode():
         eager = extractor(torch.from_numpy(images), torch.from_numpy(levels)[:, None])
-    expected = Outputs(*(t.float().numpy() for t in eager), *([None] if len(eager) == 2 else []))
+    expected = {k: t.float().numpy() for k, t in zip(runner.entry.outputs(), eager, strict=True)}
     together = runner.run(images, levels)
     _compare(together, expected, SAME_BATCH[precision], "in a batch with mixed T_END")
     for i in range(len(LEVELS)):
         alone = runner.run(images[i : i + 1], levels[i : i + 1])
-        one = Outputs(*(None if a is None else a[i : i + 1] for a in _arrays(expected)))  # type: ignore[arg-type]
+        one = {k: a[i : i + 1] for k, a in expected.items()}
         _compare(alone, one, OTHER_BATCH[precision], f"alone at T_END {LEVELS[i]}")
 
 
@@ -282,19 +286,13 @@ def _save(extractor: nn.Module, path: Path, compact: bool) -> None:
         plain.unlink()
 
 
-def _compare(found: Outputs, expected: Outputs, bound: float, where: str) -> None:
-    for name, a, b in zip(("STATE", "HIDDEN", "LOGITS"), _arrays(found), _arrays(expected), strict=True):
-        if a is None or b is None:
-            continue
-        difference = relative_difference(a, b)
+def _compare(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], bound: float, where: str) -> None:
+    for name, array in expected.items():
+        difference = relative_difference(found[name], array)
         if not difference <= bound:
             raise ExportError(
                 f"{name} {where} is off by {difference:.1e} relative, at most {bound:.0e} is allowed"
             )
-
-
-def _arrays(outputs: Outputs) -> tuple[np.ndarray | None, ...]:
-    return outputs.state, outputs.hidden, outputs.logits
 
 
 def _made(directory: Path) -> Path:

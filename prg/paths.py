@@ -5,7 +5,7 @@ t = 0 is noise and t = 1 is data on every path and in every function of this pac
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -87,17 +87,12 @@ def vp_sigma(t: Tensor) -> Tensor:
     return torch.sqrt(-torch.expm1(-vp_integral(t)))
 
 
+LINE = Path(lambda t: t, lambda t: 1 - t, lambda t: torch.ones_like(t), lambda t: -torch.ones_like(t))
 PATHS: dict[str, Path] = {
     # independent coupling, sigma = 0 (Lipman et al. 2022; Tong et al. 2023)
-    "icfm": Path(lambda t: t, lambda t: 1 - t, lambda t: torch.ones_like(t), lambda t: -torch.ones_like(t)),
+    "icfm": LINE,
     # the same line between pairs of an optimal coupling
-    "otcfm": Path(
-        lambda t: t,
-        lambda t: 1 - t,
-        lambda t: torch.ones_like(t),
-        lambda t: -torch.ones_like(t),
-        couple=optimal,
-    ),
+    "otcfm": replace(LINE, couple=optimal),
     # "generalised variance preserving" (Albergo et al. 2023): the shares are sine and cosine
     "gvp": Path(
         lambda t: torch.sin(math.pi / 2 * t),

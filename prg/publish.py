@@ -4,14 +4,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from entry.config import sha256
-from prg.checkpoint import Facts, Stage, load_checkpoint, load_strictly
-from prg.classifier import Classifier
-from prg.encoder import Encoder
+from entry.files import sha256
+from prg.checkpoint import Facts, Stage
 from prg.export import Export, Precision, export
-from prg.training.finetune import load_finetuned
+from prg.training.finetune import load_trained
 from prg.training.run import Run
-from prg.unet import UNet
 
 
 def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compact: bool) -> str:
@@ -20,15 +17,7 @@ def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compa
     Raises CheckpointError where the stage has no checkpoint, and whatever `export` raises.
     """
     path = run.checkpoint(stage)
-    model: Encoder | Classifier
-    if stage == "finetune":
-        model, facts = load_finetuned(path)
-    else:
-        saved = load_checkpoint(path)
-        facts = saved.facts
-        net = UNet(facts.recipe.unet)
-        load_strictly(net, saved.part("average"), path)
-        model = Encoder(net, facts.recipe.encoder)
+    model, facts = load_trained(path)
     described = Export(
         # As it was trained, whatever recipe.json says by now.
         image=facts.recipe.image.spec,

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from entry.config import ImageSpec
-from prg.classifier import HeadConfig
+from prg.classifier import HeadConfig, HeadInput, HeadKind
 from prg.encoder import EncoderConfig
 from prg.errors import RecipeError
 from prg.recipes import read_shipped, shipped_recipes
@@ -120,8 +120,8 @@ class Finetune(Optimisation):
     t_end: Annotated[tuple[BelowOne, ...], Field(min_length=1)] = (0.8,)
     """Levels the head is trained at, one drawn per image; the first is the default when serving. (1 would be no
     reverse solve.)"""
-    head_input: Literal["state", "hidden", "both"] = "both"
-    head: Literal["mlp", "linear"] = "mlp"
+    head_input: HeadInput = "both"
+    head: HeadKind = "mlp"
     label_smoothing: BelowOne = 0.1
     beta: NotNegative = 0.0
     """Weight of the flow-matching loss, added so that the encoder stays a flow (the paper's objective)."""

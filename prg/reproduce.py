@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from entry.config import read_entry, sha256, write_atomically
+from entry.config import read_entry
+from entry.files import sha256, write_atomically
 from prg.evaluation import evaluate, record
 from prg.images.sets import Images
 from prg.publish import publish

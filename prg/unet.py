@@ -68,29 +68,17 @@ class UNetConfig:
                     raise ValueError(f"{key} = {parts}: does not divide a level of {width} channels")
 
 
-def light(image_size: int, channels: int, multipliers: tuple[int, ...], groups: int = 32) -> UNetConfig:
-    """A network for processors: strided stem, one block a level, no attention, the light decoder."""
-    return UNetConfig(
-        image_size,
-        channels,
-        multipliers,
-        blocks=1,
-        middle_attention=False,
-        groups=groups,
-        patch=2,
-        resample_conv=False,
-        skip_all=False,
-    )
-
-
+LIGHT = UNetConfig(
+    32, 64, (1, 2, 4), blocks=1, middle_attention=False, patch=2, resample_conv=False, skip_all=False
+)
+"""For processors: strided stem, one block a level, no attention, the light decoder."""
 PRESETS: dict[str, UNetConfig] = {
-    #                      size  ch   multipliers
     "unet32": UNetConfig(32, 128, (1, 2, 2, 2), attention=(2, 4)),
     "unet64": UNetConfig(64, 128, (1, 2, 3, 4), attention=(4, 8)),
-    "small32": light(32, 64, (1, 2, 4)),
-    "base32": replace(light(32, 64, (1, 2, 4)), patch=1, middle_attention=True),
-    "small64": light(64, 64, (1, 2, 4, 4)),
-    "tiny16": light(16, 8, (1, 2), groups=4),
+    "small32": LIGHT,
+    "base32": replace(LIGHT, patch=1, middle_attention=True),
+    "small64": replace(LIGHT, image_size=64, multipliers=(1, 2, 4, 4)),
+    "tiny16": replace(LIGHT, image_size=16, channels=8, multipliers=(1, 2), groups=4),
 }
 """unet32 and unet64 are the official networks; small32 and small64 are for processors, base32 is small32 with a stem
 of stride 1 and attention, almost five times the work. tiny16 is for trying things."""

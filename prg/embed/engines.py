@@ -68,12 +68,13 @@ class Local:
         """Embeddings of these files."""
         decoded = list(self._pool.map(self._decode, files))
         good = {i: image for i, image in enumerate(decoded) if isinstance(image, np.ndarray)}
-        vectors = np.full((len(files), self._dim()), np.nan, np.float32)
+        dim = self._runner.entry.outputs()[self._feature.upper()]
+        vectors = np.full((len(files), dim), np.nan, np.float32)
         for start in range(0, len(good), BATCH):
             rows = list(good)[start : start + BATCH]
             images = np.stack([good[i] for i in rows])
             outputs = self._runner.run(images, np.full(len(rows), self._t_end, np.float32))
-            vectors[rows] = outputs.state if self._feature == "state" else outputs.hidden
+            vectors[rows] = outputs[self._feature.upper()]
         if self._normalize:
             vectors = unit_length(vectors)
         errors = {i: str(d) for i, d in enumerate(decoded) if not isinstance(d, np.ndarray)}
@@ -82,10 +83,6 @@ class Local:
     def close(self) -> None:
         """End the decoding threads."""
         self._pool.shutdown()
-
-    def _dim(self) -> int:
-        features = self._runner.entry.prg.features
-        return features.state.dim if self._feature == "state" else features.hidden.dim
 
     def _decode(self, file: Path) -> np.ndarray | Exception:
         try:
@@ -128,4 +125,4 @@ class Remote:
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.__exit__()
+        self._client.close()

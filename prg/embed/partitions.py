@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from entry.config import write_atomically
+from entry.files import atomic_file, write_atomically
 from prg.console import note, track
 from prg.embed.engines import Embedder, Rows
 from prg.embed.sources import find_images
@@ -80,11 +80,9 @@ def _parts(out: Path, files: list[Path], identity: dict[str, Any]) -> Path:
 
 
 def _save(path: Path, rows: Rows) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with atomic_file(path) as file:
         facts = {"errors": rows.errors, "fingerprint": rows.fingerprint}
         np.savez(file, vectors=rows.vectors, facts=np.array(json.dumps(facts)))
-    os.replace(temporary, path)
 
 
 def _load(path: Path) -> Rows:
@@ -97,7 +95,6 @@ def _load(path: Path) -> Rows:
 def _write(
     out: Path, files: list[Path], vectors: np.ndarray, errors: dict[int, str], about: dict[str, Any]
 ) -> None:
-    temporary = out.with_name(out.name + ".tmp")
     if out.suffix == ".npy":
         lines = [
             {"path": display(f)} | ({"error": errors[i]} if i in errors else {}) for i, f in enumerate(files)
@@ -105,7 +102,7 @@ def _write(
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(out.with_suffix(".jsonl"), text.encode())
         write_atomically(out.with_suffix(".about.json"), json.dumps(about).encode())
-        with temporary.open("wb") as file:
+        with atomic_file(out) as file:
             np.save(file, vectors)
     else:
         import pyarrow as pa
@@ -117,5 +114,5 @@ def _write(
             "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
             "error": pa.array([errors.get(i) for i in range(len(files))], pa.string()),
         }
-        pq.write_table(pa.table(columns, metadata={"prg": json.dumps(about)}), temporary)
-    os.replace(temporary, out)
+        with atomic_file(out) as file:
+            pq.write_table(pa.table(columns, metadata={"prg": json.dumps(about)}), file)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from entry.config import ImageSpec
+from entry.files import atomic_file
 from entry.images import ImageError, Limits, load_image
 from prg.console import first_few, note, track
 from prg.errors import DataError
@@ -61,19 +61,14 @@ def _decode(
 
     if skipped := source.skipped():
         note(skipped)
-    temporary = [path.with_suffix(".tmp") for path in (pixels_path, rows_path)]
     good: list[tuple[int, int]] = []
     bad: list[str] = []
     small: list[str] = []
     rows = source.rows()
-    try:
-        # Written, not mapped: on a full disk a write is an error, but a mapped page ends the process.
-        with (
-            temporary[0].open("wb") as file,
-            ThreadPoolExecutor() as pool,
-            track("decoding images", source.count) as bar,
-        ):
-            _write_header(file, source.count, spec.size)
+    # Written, not mapped: on a full disk a write is an error, but a mapped page ends the process.
+    with atomic_file(pixels_path) as file:
+        _write_header(file, source.count, spec.size)
+        with ThreadPoolExecutor() as pool, track("decoding images", source.count) as bar:
             while batch := list(islice(rows, 512)):
                 for result, name, facts in pool.map(one, batch):
                     if isinstance(result, _TooSmall):
@@ -84,8 +79,8 @@ def _decode(
                         file.write(result.tobytes())
                         good.append(facts)
                 bar.advance(len(batch))
-            file.seek(0)
-            _write_header(file, len(good), spec.size)
+        file.seek(0)
+        _write_header(file, len(good), spec.size)
         if bad and (not skip or not good):
             raise DataError(
                 f"{len(bad)} of {source.count} files are no usable images; remove them, "
@@ -97,16 +92,11 @@ def _decode(
                 "a recipe of their size, or have them enlarged, by --set data.enlarge=true where the model is "
                 f"trained:\n  {first_few(small)}"
             )
-        if bad:
-            note(f"left out {len(bad)} of {source.count} files:\n  {first_few(bad)}")
-        with temporary[1].open("wb") as file:
-            np.save(file, np.array(good, [("label", np.int64), ("key", np.uint64)]))
-        # The rows last: where they are, the pixels are whole.
-        for path, target in zip(temporary, (pixels_path, rows_path), strict=True):
-            os.replace(path, target)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+    if bad:
+        note(f"left out {len(bad)} of {source.count} files:\n  {first_few(bad)}")
+    # The rows last: where they are, the pixels are whole.
+    with atomic_file(rows_path) as file:
+        np.save(file, np.array(good, [("label", np.int64), ("key", np.uint64)]))
 
 
 class _TooSmall(ImageError):

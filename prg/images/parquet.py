@@ -1,7 +1,8 @@
 """Parquet files, and datasets of the Hugging Face hub, as splits."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from prg.errors import DataError
 from prg.images.folders import marks
 from prg.images.source import SPLITS, Row, Source, standard_name
 from prg.images.walk import image_files
+
+ROWS = 512
+"""Of a batch."""
 
 
 def parquet_splits(files: list[Path], folder: Path) -> dict[str, Source]:
@@ -40,7 +44,7 @@ def parquet_splits(files: list[Path], folder: Path) -> dict[str, Source]:
                 "name one of these, or the folder above it, with --data"
             )
     try:
-        return {name: _parquet(parts) for name, parts in groups.items()}
+        return {name: _split(_files(parts)) for name, parts in groups.items()}
     except pa.ArrowException as error:
         raise DataError(f"{folder}: not readable as parquet ({error})") from None
 
@@ -56,67 +60,65 @@ def hub_splits(name: str) -> dict[str, Source]:
             f"{name}: neither a folder here nor a dataset that the hub gives ({error}); "
             "name the folder with --data"
         ) from None
-    return {str(split): _dataset(data, f"{name}: {split}") for split, data in found.items()}
+    return {str(split): _split(_dataset(data, f"{name}: {split}")) for split, data in found.items()}
 
 
-def _parquet(files: list[Path]) -> Source:
-    """Columns of images {bytes, path}, and of labels, whose names are in the schema."""
-    schema = pq.read_schema(files[0])
-    features = (
-        json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    )
-    column = next((f.name for f in schema if _holds_images(f.type)), None)
-    if column is None:
-        raise DataError(f"{files[0]}: no column of images (columns: {', '.join(schema.names)})")
-    named = [k for k, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"]
-    label = next((k for k in [*named, "label"] if k in schema.names), None)
-    labels: dict[Any, int] = {}
-    classes: tuple[str, ...] = ()
-    if label is not None:
-        found = {
-            y for file in files for y in pq.read_table(file, columns=[label])[label].unique().to_pylist()
-        }
-        classes, labels = _numbered(
-            found, features.get(label, {}).get("names"), f"{files[0]}: column {label!r}"
-        )
+@dataclass(frozen=True)
+class Table:
+    """Rows of images and labels, wherever they are."""
 
-    def rows() -> Iterator[Row]:
+    where: str
+    schema: pa.Schema
+    batches: Callable[[list[str]], Iterable[pa.RecordBatch]]
+    """Of these columns."""
+    count: int
+    fingerprint: str
+
+
+def _files(files: list[Path]) -> Table:
+    def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
         for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(512):
-                images = batch.column(column).to_pylist()
-                numbers = batch.column(label).to_pylist() if classes else [None] * len(images)
-                for i, (image, y) in enumerate(zip(images, numbers, strict=True)):
-                    path, content = _image(image)
-                    yield path or f"{file.name}, row {i}", content, labels[y] if classes else 0
+            yield from pq.ParquetFile(file).iter_batches(ROWS, columns=columns)
 
     count = sum(pq.ParquetFile(f).metadata.num_rows for f in files)
-    return Source(rows, count, classes, marks(files), lambda: set(labels.values()))
+    return Table(str(files[0]), pq.read_schema(files[0]), batches, count, marks(files))
 
 
-def _dataset(data: Any, where: str) -> Source:
-    """One split of a `datasets` dataset, its images left encoded."""
-    import datasets
+def _dataset(data: Any, where: str) -> Table:
+    def batches(columns: list[str]) -> Iterable[pa.RecordBatch]:
+        found: list[pa.RecordBatch] = data.data.select(columns).to_batches(ROWS)
+        return found
 
-    column = next((k for k, f in data.features.items() if isinstance(f, datasets.Image)), None)
+    return Table(where, data.data.schema, batches, len(data), data._fingerprint)
+
+
+def _split(table: Table) -> Source:
+    """Columns of images {bytes, path}, and of labels, whose names are in the schema. Raises DataError."""
+    schema = table.schema
+    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = written.get("info", {}).get("features", {})
+    column = next((f.name for f in schema if _holds_images(f.type)), None)
     if column is None:
-        raise DataError(f"{where}: no column of images among {', '.join(data.features)}")
-    label = next((k for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    raw = data.cast_column(column, datasets.Image(decode=False))
-    labels: dict[Any, int] = {}
+        raise DataError(f"{table.where}: no column of images (columns: {', '.join(schema.names)})")
+    named = [k for k, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"]
+    label = next((k for k in [*named, "label"] if k in schema.names), None)
+    numbers: dict[Any, int] = {}
     classes: tuple[str, ...] = ()
     if label is not None:
-        classes, labels = _numbered(
-            data.unique(label), data.features[label].names, f"{where}, column {label!r}"
-        )
+        found = {y for batch in table.batches([label]) for y in batch.column(0).unique().to_pylist()}
+        names = features.get(label, {}).get("names")
+        classes, numbers = _numbered(found, names, f"{table.where}: column {label!r}")
 
     def rows() -> Iterator[Row]:
-        for i, row in enumerate(raw):
-            path, content = _image(row[column])
-            if path and not content:
-                content = Path(path).read_bytes()
-            yield path or f"row {i}", content, labels[row[label]] if classes else 0
+        number = 0
+        for batch in table.batches([column, label] if classes and label else [column]):
+            labels = batch.column(1).to_pylist() if classes else [None] * len(batch)
+            for image, y in zip(batch.column(0).to_pylist(), labels, strict=True):
+                path, content = _image(image)
+                yield path or f"{table.where}, row {number}", content, numbers[y] if classes else 0
+                number += 1
 
-    return Source(rows, len(data), classes, data._fingerprint, lambda: set(labels.values()))
+    return Source(rows, table.count, classes, table.fingerprint, lambda: set(numbers.values()))
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -126,10 +128,11 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _image(cell: Any) -> tuple[str | None, bytes]:
-    """(path, bytes) of a cell; nothing, which is no image, where it is empty."""
+    """(path, bytes) of a cell; of a file that it only names, its bytes; none, which is no image, where it is empty."""
     if isinstance(cell, bytes):
         return None, cell
-    return (cell or {}).get("path"), (cell or {}).get("bytes") or b""
+    path, content = (cell or {}).get("path"), (cell or {}).get("bytes")
+    return path, content or (Path(path).read_bytes() if path and Path(path).is_file() else b"")
 
 
 def _numbered(

@@ -120,9 +120,12 @@ def sharpness(pixels: Tensor, magnitude: Tensor) -> Tensor:
     return blend(smooth, pixels, magnitude)
 
 
-def affine(pixels: Tensor, rows: list[Tensor]) -> Tensor:
-    """Each image under its own map, the six entries of which are `rows`; grey from outside."""
-    theta = torch.stack(rows, 1).reshape(-1, 2, 3)
+def affine(pixels: Tensor, rows: list[Tensor | float]) -> Tensor:
+    """Each image under its own map, whose six entries are `rows`, a number or one an image; grey from outside."""
+    entries = [
+        torch.as_tensor(r, dtype=torch.float32, device=pixels.device).expand(len(pixels)) for r in rows
+    ]
+    theta = torch.stack(entries, 1).reshape(-1, 2, 3)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels.float() - FILL, grid, "bilinear", "zeros", align_corners=False)
     return as_bytes(moved + FILL)
@@ -131,32 +134,7 @@ def affine(pixels: Tensor, rows: list[Tensor]) -> Tensor:
 def rotate(pixels: Tensor, magnitude: Tensor) -> Tensor:
     """Turn by up to 30 degrees."""
     angle = magnitude * math.pi / 6
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return affine(pixels, [cos, -sin, zero, sin, cos, zero])
-
-
-def shear_x(pixels: Tensor, magnitude: Tensor) -> Tensor:
-    """Slant by up to 0.3 along x."""
-    one, zero = torch.ones_like(magnitude), torch.zeros_like(magnitude)
-    return affine(pixels, [one, 0.3 * magnitude, zero, zero, one, zero])
-
-
-def shear_y(pixels: Tensor, magnitude: Tensor) -> Tensor:
-    """Slant by up to 0.3 along y."""
-    one, zero = torch.ones_like(magnitude), torch.zeros_like(magnitude)
-    return affine(pixels, [one, zero, zero, 0.3 * magnitude, one, zero])
-
-
-def translate_x(pixels: Tensor, magnitude: Tensor) -> Tensor:
-    """Move by up to 0.45 of the side along x."""
-    one, zero = torch.ones_like(magnitude), torch.zeros_like(magnitude)
-    return affine(pixels, [one, zero, 0.9 * magnitude, zero, one, zero])  # the side is 2 long
-
-
-def translate_y(pixels: Tensor, magnitude: Tensor) -> Tensor:
-    """Move by up to 0.45 of the side along y."""
-    one, zero = torch.ones_like(magnitude), torch.zeros_like(magnitude)
-    return affine(pixels, [one, zero, zero, zero, one, 0.9 * magnitude])
+    return affine(pixels, [angle.cos(), -angle.sin(), 0, angle.sin(), angle.cos(), 0])
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -171,8 +149,9 @@ OPERATIONS: dict[str, Operation] = {
     "brightness": brightness,
     "sharpness": sharpness,
     "rotate": rotate,
-    "shear_x": shear_x,
-    "shear_y": shear_y,
-    "translate_x": translate_x,
-    "translate_y": translate_y,
+    # By up to 0.3 of the side, and by up to 0.45 of it; the side is 2 long.
+    "shear_x": lambda pixels, m: affine(pixels, [1, 0.3 * m, 0, 0, 1, 0]),
+    "shear_y": lambda pixels, m: affine(pixels, [1, 0, 0, 0.3 * m, 1, 0]),
+    "translate_x": lambda pixels, m: affine(pixels, [1, 0, 0.9 * m, 0, 1, 0]),
+    "translate_y": lambda pixels, m: affine(pixels, [1, 0, 0, 0, 1, 0.9 * m]),
 }

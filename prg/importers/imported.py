@@ -1,7 +1,6 @@
 """What every import ends in: a run folder whose checkpoints the other commands take as their own."""
 
 import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entry.config import sha256
+from entry.files import sha256
 from prg.checkpoint import Checkpoint, Facts, Stage, load_strictly, save_checkpoint
 from prg.checkpoint import Imported as Origin
 from prg.errors import CheckpointError
@@ -42,11 +41,6 @@ def read_tensors(path: Path) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if _is_torchscript(path):
-        raise CheckpointError(
-            f"{path}: a TorchScript module, not a file of tensors; where it is an entry's, there is nothing to "
-            "import: `prg finetune … --init` takes the entry's folder"
-        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -57,15 +51,12 @@ def read_tensors(path: Path) -> Any:
         ) from None
     except Exception as error:  # a broken archive makes the reader raise nearly anything
         reason = str(error).strip("() ") or type(error).__name__
+        if "TorchScript" in reason:
+            raise CheckpointError(
+                f"{path}: a TorchScript module, not a file of tensors; where it is an entry's, there is nothing to "
+                "import: `prg finetune … --init` takes the entry's folder"
+            ) from None
         raise CheckpointError(f"{path}: not readable as a file of torch.save ({reason})") from None
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any("/code/" in name for name in archive.namelist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return False  # torch.save's older format, or broken: torch.load tells
 
 
 def write_run(folder: Path, imported: Imported) -> Run:
@@ -114,13 +105,8 @@ def _facts(imported: Imported, stage: Stage, classes: tuple[str, ...]) -> Facts:
     return Facts(
         stage=stage,
         recipe=imported.recipe.without_source(),
-        trained=None,
         imported=Origin(
             origin=imported.origin, file=source.name, sha256=sha256(source), version=imported.version
         ),
         classes=classes,
-        init="",
-        held_out=None,
-        history=(),
-        cross_validated=None,
     )

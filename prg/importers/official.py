@@ -31,15 +31,15 @@ def import_official(path: Path, recipe: Recipe) -> Imported:
     """
     saved = read_tensors(path)
     tensors = saved.get("model") if isinstance(saved, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise CheckpointError(f"{path}: holds {_shape_of(saved)}; accepted is {ACCEPTED}")
-    if not all(isinstance(k, str) for k in tensors):
-        raise CheckpointError(f"{path}: holds {_shape_of(saved)}; accepted is {ACCEPTED}")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
+    ):
+        raise CheckpointError(f"{path}: holds {_content(saved)}; accepted is {ACCEPTED}")
     tensors = {_unwrapped(k): v for k, v in tensors.items()}
     parts = {p: _part(tensors, p) for p in (NETWORK, ENCODER, HEAD)}
     whole = sum(len(part) for part in parts.values()) == len(tensors)
     if not whole or bool(parts[NETWORK]) == bool(parts[ENCODER]) or bool(parts[ENCODER]) != bool(parts[HEAD]):
-        raise CheckpointError(f"{path}: holds {_names_of(tensors)}; accepted is {ACCEPTED}")
+        raise CheckpointError(f"{path}: holds {_content(tensors)}; accepted is {ACCEPTED}")
     if recipe.encoder.path == "vp":
         raise CheckpointError(f"{path}: encoder.path = 'vp', but the release has icfm, otcfm and gvp alone")
     net = parts[NETWORK] or parts[ENCODER]
@@ -96,16 +96,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _shape_of(saved: object) -> str:
+def _content(saved: object) -> str:
     """What a file holds, in a few words."""
     if not isinstance(saved, dict):
         return f"an object of type {type(saved).__name__}"
-    if saved and all(isinstance(v, Tensor) for v in saved.values()):
-        return _names_of(saved)
-    return f"a table of {', '.join(str(k) for k in list(saved)[:5]) or 'nothing'}"
-
-
-def _names_of(tensors: dict[str, Tensor]) -> str:
-    names = list(tensors)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensors {', '.join(names[:3]) or '(none)'}{more}"
+    return f"a table of {', '.join(map(str, list(saved)[:5])) or 'nothing'}"

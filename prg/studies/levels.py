@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from prg.console import track
 from prg.errors import DataError
 from prg.images.material import Material
@@ -43,11 +41,11 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
     with track(f"{subject.name}: levels", total, "evaluations") as bar:
         for level, solve in cells:
             fitted = subject.features(training.pixels, level, solve, bar)
-            judged = subject.features(held.pixels, level, solve, bar)
+            evaluated = subject.features(held.pixels, level, solve, bar)
             for name in ("state", "hidden"):
-                a: np.ndarray = getattr(fitted, name)
-                b: np.ndarray = getattr(judged, name)
-                probe = top1(linear_probe(a, training.labels, classes).logits(b), held.labels)
+                a = fitted[name.upper()]
+                b = evaluated[name.upper()]
+                probe = top1(linear_probe(a, training.labels, b, classes), held.labels)
                 votes = top1(nearest_neighbours(a, training.labels, b, classes), held.labels)
                 rows.append((level, solve.steps if level < subject.t_start else 0, name, probe, votes))
     return Report(
@@ -59,7 +57,7 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
         columns=COLUMNS,
         rows=rows,
         figures={"": draw_axes(lambda axes: _paint(axes, rows), panels=2)},
-        conditions={"images_fitted": len(training), "images_judged": len(held)},
+        conditions={"images_fitted": len(training), "images_evaluated": len(held)},
     )
 
 

@@ -1,7 +1,5 @@
 """Linear probe and nearest neighbours: how much frozen features say about classes."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,41 +15,25 @@ INNER = 0.2
 """Share of the probe's training features on which the penalty is chosen."""
 
 
-@dataclass(frozen=True)
-class LinearProbe:
-    """Multinomial logistic regression on standardised features."""
+def linear_probe(features: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int) -> np.ndarray:
+    """Logits [N, K] of queries [N, D] by logistic regression on standardised features [M, D].
 
-    mean: Tensor  # [D]
-    scale: Tensor  # [D]
-    weight: Tensor  # [K, D]
-    bias: Tensor  # [K]
-    penalty: float
-
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        """[N, D] -> [N, K]."""
-        x = (torch.from_numpy(features) - self.mean) / self.scale
-        return F.linear(x, self.weight, self.bias).numpy()
-
-
-def linear_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> LinearProbe:
-    """Fit on features [N, D]; the penalty is the best of PENALTIES on a part held out from these, then refitted."""
+    The penalty is the one of PENALTIES that is best on a part held out from the features; then all are fitted.
+    """
+    x, y = torch.from_numpy(features), torch.from_numpy(labels)
     order = np.random.default_rng(0).permutation(len(labels))
     held = max(1, round(INNER * len(labels)))
-    inner, rest = order[:held], order[held:]
-    scores = []
-    for penalty in PENALTIES:
-        fitted = fit(features[rest], labels[rest], classes, penalty)
-        scores.append(top1(fitted.logits(features[inner]), labels[inner]))
-    best = PENALTIES[int(np.argmax(scores))]
-    return fit(features, labels, classes, best)
+    inner, rest = torch.from_numpy(order[:held]), torch.from_numpy(order[held:])
+    scores = [
+        top1(_fit(x[rest], y[rest], x[inner], classes, penalty), labels[inner]) for penalty in PENALTIES
+    ]
+    return _fit(x, y, torch.from_numpy(queries), classes, PENALTIES[int(np.argmax(scores))])
 
 
-def fit(features: np.ndarray, labels: np.ndarray, classes: int, penalty: float) -> LinearProbe:
-    """One regression on standardised features."""
-    x = torch.from_numpy(features)
+def _fit(x: Tensor, y: Tensor, queries: Tensor, classes: int, penalty: float) -> np.ndarray:
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    weight, bias = fit_logistic((x - mean) / scale, torch.from_numpy(labels), classes, penalty)
-    return LinearProbe(mean, scale, weight, bias, penalty)
+    weight, bias = fit_logistic((x - mean) / scale, y, classes, penalty)
+    return F.linear((queries - mean) / scale, weight, bias).numpy()
 
 
 def nearest_neighbours(

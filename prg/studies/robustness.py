@@ -29,8 +29,7 @@ def robustness(subject: Subject, material: Material, split: str, limit: int | No
     assert images.labels is not None
 
     def accuracy(pixels: np.ndarray, bar: Bar) -> float:
-        logits = subject.features(pixels, level, subject.own, bar).logits
-        assert logits is not None
+        logits = subject.features(pixels, level, subject.own, bar)["LOGITS"]
         assert images.labels is not None
         return top1(logits, images.labels)
 

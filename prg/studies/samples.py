@@ -77,7 +77,7 @@ def _hidden(judge: Subject, pixels: np.ndarray) -> np.ndarray:
     with track(
         f"features by {judge.name}", len(pixels) * judge.evaluations(level, solve), "evaluations"
     ) as bar:
-        return judge.features(pixels, level, solve, bar).hidden
+        return judge.features(pixels, level, solve, bar)["HIDDEN"]
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -27,8 +27,7 @@ def steps(subject: Subject, material: Material, limit: int | None) -> Report:
     total = sum(subject.evaluations(level, solve) for solve in solves) * len(held)
     with track(f"{subject.name}: steps", total, "evaluations") as bar:
         for solve in solves:
-            logits = subject.features(held.pixels, level, solve, bar).logits
-            assert logits is not None
+            logits = subject.features(held.pixels, level, solve, bar)["LOGITS"]
             nll = calibration(logits, held.labels).nll
             rows.append((solve.solver, solve.steps, solve.nfe + 1, top1(logits, held.labels), nll))
     own = subject.own

@@ -37,15 +37,6 @@ class Solve:
         return f"{self.solver}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
 
-@dataclass(frozen=True)
-class Features:
-    """Of many images, float32 rows; logits None where the module has no head."""
-
-    state: np.ndarray  # [N, 768]
-    hidden: np.ndarray  # [N, D_h]
-    logits: np.ndarray | None  # [N, K]
-
-
 class Subject:
     """One version of an entry. Its scripted parts are called by themselves, so any solver can go any way.
 
@@ -103,8 +94,8 @@ class Subject:
         """Of the network, for one image's features: those of the solve, and one for the activations."""
         return 1 + (solve.nfe if t_end < self.t_start else 0)
 
-    def features(self, pixels: np.ndarray, t_end: float, solve: Solve, bar: Bar) -> Features:
-        """Both features (and logits) of pixels uint8 [N, 3, S, S], reversed to t_end by `solve`.
+    def features(self, pixels: np.ndarray, t_end: float, solve: Solve, bar: Bar) -> dict[str, np.ndarray]:
+        """The entry's outputs by name, float32 [N, D], for pixels uint8 [N, 3, S, S] reversed to t_end by `solve`.
 
         `bar` counts network evaluations.
         """
@@ -123,5 +114,5 @@ class Subject:
                     outputs.append(self._classifier.head(torch.cat(inputs[self._classifier.input], 1)))
                 parts.append(tuple(o.float().cpu().numpy() for o in outputs))
                 bar.advance(len(x) * each, f"t_end {t_end:g}, {solve}")
-        whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        return Features(whole[0], whole[1], whole[2] if len(whole) > 2 else None)
+        columns = zip(self.entry.outputs(), zip(*parts, strict=True), strict=True)
+        return {name: np.concatenate(column) for name, column in columns}

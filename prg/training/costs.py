@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prg.checkpoint import Stage, read_facts
 from prg.encoder import Encoder, EncoderConfig
-from prg.images.splits import choose_evaluated
 from prg.machine import best_time, choose_device, device_name
 from prg.paths import PATHS
 from prg.recipe import Optimisation, Recipe
@@ -30,11 +29,6 @@ GPU_FLOPS = 50e12
 """Sustained FLOP/s assumed of a data-centre GPU: a third of the 156 TFLOP/s that NVIDIA names for an A100 in TF32,
 in which cuDNN computes fp32 convolutions by default; kernels of this size seldom reach more."""
 EVALUATED_BATCH = 64
-MODELS = {
-    "hours here": "the stage's FLOPs by the speed above",
-    "GPU-hours": f"an estimate: the stage's FLOPs by {GPU_FLOPS / 1e12:.0f} TFLOP/s, a third of what an A100 is "
-    "sold with for TF32",
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,12 @@ def plan(run: Run, stages: Sequence[str]) -> str:
         lines.append(
             f"{cost.name:10} {cost.steps:9,} {cost.done:9,} {cost.flops / 1e15:12,.4g} {here:11,.4g} {there:10,.3g}"
         )
-    return "\n".join([*lines, *(f"{column}: {model}." for column, model in MODELS.items())])
+    lines.append("hours here: the stage's FLOPs by the speed above.")
+    tera = GPU_FLOPS / 1e12
+    lines.append(
+        f"GPU-hours: an estimate: the stage's FLOPs by {tera:.0f} TFLOP/s, a third of an A100's in TF32."
+    )
+    return "\n".join(lines)
 
 
 def costs(run: Run) -> list[Cost]:
@@ -85,8 +84,7 @@ def costs(run: Run) -> list[Cost]:
     train, found = run.sources
     everything = found[train].count
     count = max(1, round(everything * (1 - recipe.data.validation)))
-    test = choose_evaluated(found, recipe.data.test, recipe.data.source, train)
-    evaluated = found[test].count if test != train else everything - count
+    evaluated = found[run.evaluated].count if run.evaluated != train else everything - count
     extraction = flops(recipe)[1]
     pretraining = _training("pretrain", recipe.pretrain, count, training_flops(recipe, "pretrain"), run)
     if recipe.finetune.freeze:  # features once; fitting the head is nothing beside them

@@ -105,14 +105,15 @@ def build_classifier(net: UNet, recipe: Recipe, classes: int) -> Classifier:
     return Classifier(Encoder(net, recipe.encoder, save_memory=recipe.finetune.save_memory), head)
 
 
-def load_finetuned(checkpoint: Path) -> tuple[Classifier, Facts]:
-    """A fine-tuned classifier (averaged weights) and the facts of its checkpoint. Raises CheckpointError."""
+def load_trained(checkpoint: Path) -> tuple[Encoder | Classifier, Facts]:
+    """A pretrained encoder or a fine-tuned classifier (averaged weights), and its facts. Raises CheckpointError."""
     saved = load_checkpoint(checkpoint)
-    if saved.facts.stage != "finetune":
-        raise CheckpointError(
-            f"{checkpoint}: a checkpoint of `prg pretrain`, where a fine-tuned one is needed"
-        )
-    model = build_classifier(UNet(saved.facts.recipe.unet), saved.facts.recipe, len(saved.facts.classes))
+    recipe, classes = saved.facts.recipe, saved.facts.classes
+    net = UNet(recipe.unet)
+    if saved.facts.stage == "pretrain":
+        load_strictly(net, saved.part("average"), checkpoint)
+        return Encoder(net, recipe.encoder), saved.facts
+    model = build_classifier(net, recipe, len(classes))
     load_strictly(model, saved.part("average"), checkpoint)
     return model, saved.facts
 

@@ -4,14 +4,13 @@ import hashlib
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entry.config import write_atomically
+from entry.files import atomic_file, write_atomically
 from prg.checkpoint import Checkpoint, CrossValidated, Facts, read_facts, save_checkpoint
 from prg.classifier import Classifier, Head
 from prg.console import track
@@ -49,14 +48,18 @@ def fit_head(run: Run, model: Classifier, images: Images, facts: Facts, device: 
     seen = views(config)
     cache = path.parent / f"features-{_digest(facts, images, seen)}.npy"
     if not cache.exists():
-        _keep(cache, compute(model, image.mean, image.std, images.pixels, seen, device))
+        computed = compute(model, image.mean, image.std, images.pixels, seen, device)
+        with atomic_file(cache) as file:
+            np.save(file, computed)
     features = torch.from_numpy(np.load(cache)).to(device)  # [V, N, D]
     standardise(model.head, features.flatten(0, 1))
     labels = torch.from_numpy(images.labels).to(device)
     x = model.head.classifier[0](features)
-    rows, chosen = cross_validate(x, labels, len(images.classes), config, run.recipe.seed)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path.parent / "metrics.jsonl", text.encode())
+    found = cross_validate(x, labels, len(images.classes), config, run.recipe.seed)
+    lines = (json.dumps({"step": step, **one.model_dump()}) + "\n" for step, one in enumerate(found, 1))
+    write_atomically(path.parent / "metrics.jsonl", "".join(lines).encode())
+    chosen = min(found, key=lambda one: one.loss)
+    print(f"chosen: penalty {chosen.penalty:g}, of the least cross-entropy", file=sys.stderr)
     weight, bias = fit_logistic(
         x.flatten(0, 1), labels.repeat(len(x)), len(images.classes), chosen.penalty, config.label_smoothing
     )
@@ -76,14 +79,13 @@ def views(config: Finetune) -> list[View]:
 
 def cross_validate(
     x: Tensor, labels: Tensor, classes: int, config: Finetune, seed: int
-) -> tuple[list[dict[str, float]], CrossValidated]:
-    """(figures of each penalty, the one of least cross-entropy) for features x [V, N, D] and labels [N].
+) -> list[CrossValidated]:
+    """Each of the penalties on features x [V, N, D] and labels [N].
 
     An image's views are all in one fold; the plain view alone is evaluated.
     """
-    rows: list[dict[str, float]] = []
-    best: CrossValidated | None = None
-    for step, penalty in enumerate(config.penalties, 1):
+    found = []
+    for penalty in config.penalties:
         losses, top1 = [], []
         for held in stratified_folds(labels.cpu().numpy(), FOLDS, seed):
             rest, out = torch.from_numpy(~held).to(x.device), torch.from_numpy(held).to(x.device)
@@ -97,28 +99,12 @@ def cross_validate(
             logits = F.linear(x[0, out], weight, bias)
             losses.append(float(F.cross_entropy(logits, labels[out])))
             top1.append(float((logits.argmax(1) == labels[out]).float().mean()))
-        found = CrossValidated(
-            penalty=penalty, folds=FOLDS, top1=float(np.mean(top1)), spread=float(np.std(top1, ddof=1))
-        )
-        rows.append(
-            {
-                "step": step,
-                "penalty": penalty,
-                "validation_loss": float(np.mean(losses)),
-                "validation_top1": found.top1,
-                "spread": found.spread,
-            }
-        )
-        print(
-            f"penalty {penalty:g}: cross-entropy {rows[-1]['validation_loss']:.4f}, top-1 {found.top1:.4f} "
-            f"± {found.spread:.4f} over {FOLDS} folds",
-            file=sys.stderr,
-        )
-        if rows[-1] is min(rows, key=lambda row: row["validation_loss"]):
-            best = found
-    assert best is not None
-    print(f"chosen: penalty {best.penalty:g}, of the least cross-entropy", file=sys.stderr)
-    return rows, best
+        mean, spread = float(np.mean(top1)), float(np.std(top1, ddof=1))
+        loss = float(np.mean(losses))
+        found.append(CrossValidated(penalty=penalty, folds=FOLDS, loss=loss, top1=mean, spread=spread))
+        text = f"penalty {penalty:g}: cross-entropy {loss:.4f}, top-1 {mean:.4f} ± {spread:.4f} over {FOLDS} folds"
+        print(text, file=sys.stderr)
+    return found
 
 
 @torch.no_grad()
@@ -173,10 +159,3 @@ def _digest(facts: Facts, images: Images, seen: list[View]) -> str:
     parts = [identity[k] for k in ("network", "image", "encoder", "init")]
     content = json.dumps([*parts, facts.recipe.finetune.head_input, seen, images.unlabelled().digest()])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _keep(path: Path, features: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, features)
-    temporary.replace(path)

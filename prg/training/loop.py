@@ -290,7 +290,9 @@ def train(job: Job) -> Trainer:
 
 def _run(job: Job, trainer: Trainer) -> None:
     """The steps that are left."""
-    metrics = Metrics(job.folder / "metrics.jsonl", trainer.step)
+    metrics = job.folder / "metrics.jsonl"
+    if is_main_process():
+        drop_metrics(metrics, trainer.step)
     trainer.model.train()
     started = time.monotonic() - trainer.seconds
     saved = time.monotonic()
@@ -305,11 +307,11 @@ def _run(job: Job, trainer: Trainer) -> None:
             bar.advance(batch, f"loss {np.mean(running[-LOG_EVERY_STEPS:]):.4f}")
             last = trainer.step == job.steps
             if trainer.step % LOG_EVERY_STEPS == 0 or last:
-                metrics.write(trainer, loss=float(np.mean(running)))
+                log_metrics(metrics, trainer, loss=float(np.mean(running)))
                 running.clear()
             if (trainer.step % job.steps_per_epoch == 0 or last) and is_main_process():
                 with trainer.averaged() as model:
-                    metrics.write(trainer, **job.validate(model))
+                    log_metrics(metrics, trainer, **job.validate(model))
             if last or trainer.stopping or time.monotonic() - saved > SAVE_EVERY_S:
                 trainer.save()
                 saved = time.monotonic()
@@ -337,30 +339,27 @@ def _check_processes(job: Job, step: int) -> None:
         )
 
 
-class Metrics:
-    """metrics.jsonl: one JSON object a line; a resumed run drops lines from after its checkpoint."""
+def log_metrics(path: Path, trainer: Trainer, **figures: float) -> None:
+    """Append a line to metrics.jsonl: one JSON object."""
+    if not is_main_process():
+        return
+    row = {
+        "step": trainer.step,
+        "epoch": round(trainer.step / trainer.job.steps_per_epoch, 3),
+        "seconds": round(trainer.seconds, 1),
+        "lr": learning_rate(trainer.job.config, trainer.step - 1, trainer.job.steps),
+        **figures,
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        if is_main_process():
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if _step(line) <= step]
-            if kept != lines:
-                path.write_text("".join(line + "\n" for line in kept))
 
-    def write(self, trainer: Trainer, **figures: float) -> None:
-        """Append one line."""
-        if not is_main_process():
-            return
-        row = {
-            "step": trainer.step,
-            "epoch": round(trainer.step / trainer.job.steps_per_epoch, 3),
-            "seconds": round(trainer.seconds, 1),
-            "lr": learning_rate(trainer.job.config, trainer.step - 1, trainer.job.steps),
-            **figures,
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+def drop_metrics(path: Path, step: int) -> None:
+    """Drop the lines from after a checkpoint, as a kill leaves them."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step(line) <= step]
+    if kept != lines:
+        path.write_text("".join(line + "\n" for line in kept))
 
 
 def _step(line: str) -> float:

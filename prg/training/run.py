@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from entry.config import write_atomically
+from entry.files import write_atomically
 from prg.checkpoint import Facts, Stage, Trained, read_facts
 from prg.errors import DataError, RecipeError
 from prg.images.decoded import load_split
@@ -52,6 +52,12 @@ class Run:
         found = splits(data.source)
         train = choose_split(found, data.train, data.source)
         return train, rename_classes(found, train, data.labels, data.source)
+
+    @property
+    def evaluated(self) -> str:
+        """The split to evaluate on; the training split itself where that is what is held out of it."""
+        train, found = self.sources
+        return choose_evaluated(found, self.recipe.data.test, self.recipe.data.source, train)
 
     def training_images(self) -> Images:
         """All images of the training split."""
@@ -101,8 +107,7 @@ class Run:
                 f"{data.source}: all images to train on are of one class, {source.classes[min(seen)]!r}; "
                 "fine-tuning tells classes apart: name the folder whose sub-folders are the classes"
             )
-        test = choose_evaluated(found, data.test, data.source, train)
-        if data.test and not found[test].classes:
+        if data.test and not found[self.evaluated].classes:
             raise DataError(
                 f"{data.source}: data.test = {data.test!r} has no labels, so nothing can be evaluated on it; "
                 "name another split, or none"
@@ -114,9 +119,8 @@ class Run:
     def check_test_images(self) -> None:
         """Decode the split to evaluate on, if there is one. Raises DataError."""
         train, found = self.sources
-        test = choose_evaluated(found, self.recipe.data.test, self.recipe.data.source, train)
-        if test != train:
-            self.load(found[test])
+        if self.evaluated != train:
+            self.load(found[self.evaluated])
 
     def first_facts(
         self, stage: Stage, trained: Trained, classes: tuple[str, ...], start: Start | None
@@ -129,12 +133,10 @@ class Run:
             stage=stage,
             recipe=self.recipe.without_source(),
             trained=trained,
-            imported=None,
             classes=classes,
             init=start.sha256 if start else "",
             held_out=None if before is None else min(own, before),
             history=start.history if start else (),
-            cross_validated=None,
         )
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from entry.config import check_weights, read_entry, sha256
+from entry.config import check_weights, read_entry
+from entry.files import sha256
 from prg.checkpoint import differences, load_checkpoint, load_strictly
 from prg.console import note
 from prg.errors import CheckpointError

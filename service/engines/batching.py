@@ -151,11 +151,9 @@ class Batcher:
         with self._metrics.inference_seconds.labels(self._model).time():
             outputs = await loop.run_in_executor(self._compute, self.runner.run, images, t_end)
         self._metrics.batch_images.labels(self._model).observe(len(batch))
-        arrays = {"STATE": outputs.state, "HIDDEN": outputs.hidden, "LOGITS": outputs.logits}
         for index, (waiting, row) in enumerate(batch):
             for name in waiting.job.outputs:
-                array = arrays[name]
-                assert array is not None, f"{name} was asked of a model without it"
+                array = outputs[name]
                 if name not in waiting.outputs:
                     waiting.outputs[name] = np.empty((len(waiting.job.images), array.shape[1]), np.float32)
                 waiting.outputs[name][row] = array[index]

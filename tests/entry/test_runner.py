@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from entry.config import EntryError, read_entry, sha256, write_entry
+from entry.config import EntryError, read_entry, write_entry
+from entry.files import sha256
 from entry.runner import Runner
 from tests.tiny import tiny_module, write_tiny_entry
 
@@ -20,20 +21,19 @@ LEVELS = np.array([0, 0.25, 0.5, 0.75, 1], np.float32)
 def test_rows_are_those_of_their_image_and_level(tmp_path: Path) -> None:
     outputs = Runner(write_tiny_entry(tmp_path)).run(IMAGES, LEVELS)
     expected = np.concatenate([IMAGES.mean((2, 3)) / 255, LEVELS[:, None]], 1)
-    assert np.allclose(outputs.hidden, expected, atol=1e-6)
-    assert outputs.state.shape == (5, 768)
-    assert outputs.logits is not None
-    assert np.allclose(outputs.logits, outputs.hidden * 10)
+    assert np.allclose(outputs["HIDDEN"], expected, atol=1e-6)
+    assert outputs["STATE"].shape == (5, 768)
+    assert np.allclose(outputs["LOGITS"], outputs["HIDDEN"] * 10)
 
 
 def test_without_a_head_there_are_no_logits(tmp_path: Path) -> None:
-    assert Runner(write_tiny_entry(tmp_path, head=False)).run(IMAGES, LEVELS).logits is None
+    assert Runner(write_tiny_entry(tmp_path, head=False)).run(IMAGES, LEVELS).keys() == {"STATE", "HIDDEN"}
 
 
 def test_the_highest_version_is_the_default(tmp_path: Path) -> None:
     directory = write_tiny_entry(tmp_path, versions=("1", "2", "10"))
     assert Runner(directory).version == "10"
-    assert np.allclose(Runner(directory, "2").run(IMAGES, LEVELS).hidden[0, 3], 0.01)
+    assert np.allclose(Runner(directory, "2").run(IMAGES, LEVELS)["HIDDEN"][0, 3], 0.01)
     with pytest.raises(EntryError, match="no version '3' .there are: 1, 2, 10"):
         Runner(directory, "3")
 

@@ -41,10 +41,10 @@ def test_run_checkpoint_and_entry_are_one_model(home: Path) -> None:
             found = model.encode(x, 0.3)
             states = model.trajectory(x, [1.0, 0.3])
         assert model.labels == ("blue", "green", "red")
-        for ours, theirs in zip(found, (served.state, served.hidden, served.logits), strict=True):
+        for ours, theirs in zip(found, served.values(), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
         torch.testing.assert_close(states[0], x)
-        np.testing.assert_allclose(states[1].flatten(1), served.state, atol=1e-4)
+        np.testing.assert_allclose(states[1].flatten(1), served["STATE"], atol=1e-4)
 
 
 def test_a_pretrained_checkpoint_has_no_logits(home: Path) -> None:

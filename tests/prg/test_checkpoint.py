@@ -24,13 +24,7 @@ from prg.recipe import load_recipe
 FACTS = Facts(
     stage="pretrain",
     recipe=load_recipe("images-32"),
-    trained=None,
     imported=Imported(origin="somebody", file="ä.pt", sha256="0" * 64, version="7"),
-    classes=(),
-    init="",
-    held_out=None,
-    history=(),
-    cross_validated=None,
 )
 
 

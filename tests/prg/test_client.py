@@ -12,30 +12,26 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 
 from prg import client as module
 from prg.client import AsyncClient, Client, ServiceError
 from service.app import create_app
 from service.settings import Settings
+from tests.serving import served
 from tests.tiny import png, write_tiny_entry
 
 RED, BLUE = png(), png((0, 0, 255))
 
 
 @pytest.fixture
-def app(tmp_path: Path) -> Iterator[Any]:
-    """The service on a tiny entry, its lifespan under way."""
+def client(tmp_path: Path) -> Iterator[Client]:
+    """Of a service on a tiny entry."""
     write_tiny_entry(tmp_path / "models")
-    with TestClient(create_app(Settings(model_repository=tmp_path / "models"))) as running:
-        yield running
-
-
-@pytest.fixture
-def client(app: TestClient) -> Client:
-    found = Client()
-    found._http = app
-    return found
+    with (
+        served(Settings(model_repository=tmp_path / "models")) as address,
+        Client(f"http://{address}") as found,
+    ):
+        yield found
 
 
 def test_embeddings_of_many_images_in_order(client: Client, tmp_path: Path) -> None:
@@ -108,9 +104,14 @@ class Script:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Any) -> tuple[Client, Script]:
     script = Script(*steps)
-    monkeypatch.setattr(module.time, "sleep", script.waited.append)
+
+    async def sleep(seconds: float) -> None:
+        script.waited.append(seconds)
+
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
     found = Client()
-    found._http = httpx.Client(transport=httpx.MockTransport(script), base_url="http://service")
+    transport = httpx.MockTransport(script)
+    found._client._http = httpx.AsyncClient(transport=transport, base_url="http://service")
     return found, script
 
 
@@ -131,18 +132,26 @@ def test_a_proxy_may_ask_by_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert script.waited == [12, 0, 1]
 
 
-def test_an_image_larger_than_a_request_may_be_fails_alone(tmp_path: Path) -> None:
-    write_tiny_entry(tmp_path)
-    settings = Settings(model_repository=tmp_path, max_body_bytes=100_000)
-    with TestClient(create_app(settings)) as running:
-        found = Client()
-        found._http = running
-        answer = found.embed([RED, bytes(module.REQUEST_BYTES), BLUE])
-        assert list(answer.errors) == [1]
-        assert "100,000 bytes" in answer.errors[1]
-        assert answer.vectors[[0, 2], :3] == pytest.approx(np.array([[1, 0, 0], [0, 0, 1]]))
-        with pytest.raises(ServiceError, match="413"):
-            found.embed([bytes(module.REQUEST_BYTES)])
+def test_an_image_larger_than_a_request_may_be_fails_alone() -> None:
+    def service(request: httpx.Request) -> httpx.Response:
+        if len(request.content) > module.REQUEST_BYTES:
+            return httpx.Response(413, json={"detail": "at most 100,000 bytes"})
+        facts = {"model": "m", "fingerprint": "f", "dim": 1}
+        return httpx.Response(200, json=facts | {"data": [{"index": 0, "embedding": "AACAPw=="}]})
+
+    found = Client()
+    found._client._http = httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://service")
+    answer = found.embed([RED, bytes(module.REQUEST_BYTES), BLUE])
+    assert list(answer.errors) == [1]
+    assert "100,000 bytes" in answer.errors[1]
+    assert answer.vectors[[0, 2], 0].tolist() == [1, 1]
+    with pytest.raises(ServiceError, match="413"):
+        found.embed([bytes(module.REQUEST_BYTES)])
+
+
+def test_a_client_that_nobody_closes_lets_the_program_end() -> None:
+    code = "from prg.client import Client; Client('http://127.0.0.1:9')"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

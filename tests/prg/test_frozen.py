@@ -12,7 +12,7 @@ from entry.config import read_entry
 from prg.checkpoint import load_checkpoint, read_facts
 from prg.cli import main
 from prg.logistic import stratified_folds
-from prg.training.finetune import load_finetuned
+from prg.training.finetune import load_trained
 
 NET = "encoder.solver.velocity.net."
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
 
 
 def test_the_encoder_is_the_pretrained_one_and_the_head_is_linear(run: Path) -> None:
-    model, facts = load_finetuned(run / "finetune" / "checkpoint.safetensors")
+    model, facts = load_trained(run / "finetune" / "checkpoint.safetensors")
     before = load_checkpoint(run / "pretrain" / "checkpoint.safetensors").part("average")
     assert all(torch.equal(before[k], v) for k, v in model.encoder.net.state_dict().items())
     assert [type(m).__name__ for m in model.head.classifier] == ["LayerNorm", "Linear"]
@@ -46,9 +46,9 @@ def test_the_penalty_is_the_one_of_least_cross_validated_loss(run: Path) -> None
     rows = [json.loads(line) for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
     chosen = read_facts(run / "finetune" / "checkpoint.safetensors").cross_validated
     assert chosen is not None
-    best = min(rows, key=lambda row: row["validation_loss"])
+    best = min(rows, key=lambda row: row["loss"])
     assert len(rows) == 4
-    assert (chosen.penalty, chosen.top1) == (best["penalty"], best["validation_top1"])
+    assert (chosen.penalty, chosen.top1) == (best["penalty"], best["top1"])
 
 
 def test_again_changes_nothing_and_other_settings_are_refused(
@@ -120,7 +120,7 @@ def test_what_the_head_reads_and_its_levels_are_the_recipes(run: Path, photos: P
     settings = overrides("finetune.head_input=both", "finetune.t_end=[0.8, 0.5]", "finetune.penalties=[0.01]")
     command = ["--recipe", "images-32", "--data", str(photos), "--freeze", *settings, "--init", str(init)]
     assert main(["finetune", str(tmp_path), *command]) == 0
-    model, facts = load_finetuned(tmp_path / "finetune" / "checkpoint.safetensors")
+    model, facts = load_trained(tmp_path / "finetune" / "checkpoint.safetensors")
     assert model.input == "both"
     assert facts.recipe.finetune.t_end == (0.8, 0.5)
 

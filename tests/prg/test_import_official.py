@@ -18,7 +18,7 @@ from prg.cli import main
 from prg.encoder import STATE_DIM, Encoder
 from prg.errors import CheckpointError
 from prg.importers import imported as module
-from prg.training.finetune import load_finetuned
+from prg.training.finetune import load_trained
 from prg.training.run import open_run
 from prg.unet import PRESETS, UNet
 
@@ -72,7 +72,7 @@ def test_a_fine_tuned_file_gives_the_official_state_and_logits(tmp_path: Path) -
     )
     settings = {"network": "unet32", "encoder.path": path, "encoder.steps": steps, "data.labels": labels}
     assert imports(file, tmp_path / "run", **settings, **OFFICIAL, **{"finetune.t_end": [t_end]}) == 0
-    model, facts = load_finetuned(tmp_path / "run" / "finetune" / "checkpoint.safetensors")
+    model, facts = load_trained(tmp_path / "run" / "finetune" / "checkpoint.safetensors")
     assert list(facts.classes) == labels
     vectors, levels = golden(name), torch.full((2,), t_end)
     model.eval()
@@ -167,8 +167,8 @@ def test_a_torchscript_module_is_named_as_one(tmp_path: Path, capsys: pytest.Cap
     [
         ([1, 2], "holds an object of type list"),
         ({"state_dict": {}}, "holds a table of state_dict"),
-        ({"w": torch.ones(1)}, "holds tensors w;"),
-        ({"model": {"conv.weight": torch.ones(1)}}, "holds tensors conv.weight;"),
+        ({"w": torch.ones(1)}, "holds a table of w;"),
+        ({"model": {"conv.weight": torch.ones(1)}}, "holds a table of conv.weight;"),
         ({"model": {"grlHead.classifier.0.bias": torch.ones(1)}}, "grlHead.classifier.0.bias;"),
         ({"model": {"model.backbone.unet.a": torch.ones(1), "other": torch.ones(1)}}, "other;"),
     ],

@@ -19,7 +19,7 @@ from prg.studies.corruptions import CORRUPTIONS, PUBLISHED
 from prg.studies.probes import linear_probe, nearest_neighbours, top1
 from prg.studies.samples import frechet_distance
 from prg.studies.subject import Solve, Subject
-from prg.training.finetune import build_classifier, load_finetuned
+from prg.training.finetune import build_classifier, load_trained
 from prg.training.run import open_run
 from prg.unet import UNet
 
@@ -73,11 +73,11 @@ def clouds(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray
 def test_probes_find_classes_that_are_there_and_none_that_are_not() -> None:
     rng = np.random.default_rng(0)
     (a, labels), (b, truth) = clouds(rng, 300), clouds(rng, 200)
-    assert top1(linear_probe(a, labels, 3).logits(b), truth) > 0.95
+    assert top1(linear_probe(a, labels, b, 3), truth) > 0.95
     scaled = a / a.std(0), b / a.std(0)
     assert top1(nearest_neighbours(scaled[0], labels, scaled[1], 3), truth) > 0.95
     shuffled = rng.permutation(labels)
-    assert top1(linear_probe(a, shuffled, 3).logits(b), truth) < 0.6
+    assert top1(linear_probe(a, shuffled, b, 3), truth) < 0.6
 
 
 def test_frechet_distance_of_normal_clouds_is_the_closed_form() -> None:
@@ -92,13 +92,13 @@ def test_frechet_distance_of_normal_clouds_is_the_closed_form() -> None:
 def test_the_subject_answers_as_the_trained_model(run: Path, entry: Path, photos: Path) -> None:
     subject = Subject(entry)
     images = open_run(run, None).material("finetune").evaluated()[1]
-    model, _ = load_finetuned(run / "finetune" / "checkpoint.safetensors")
+    model, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
     with torch.inference_mode():
         x = subject.latents(images.pixels[:8]).cpu()
         expected = [t.numpy() for t in model.eval()(x, torch.full((8,), 0.8))]
     with track("features", 8) as bar:
         found = subject.features(images.pixels[:8], 0.8, subject.own, bar)
-    for a, b in zip((found.state, found.hidden, found.logits), expected, strict=True):
+    for a, b in zip(found.values(), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 

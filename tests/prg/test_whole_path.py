@@ -15,7 +15,7 @@ from entry.images import load_image
 from entry.runner import Runner
 from prg.cli import main
 from prg.evaluation import evaluate, record
-from prg.training.finetune import load_finetuned
+from prg.training.finetune import load_trained
 from prg.training.run import open_run
 from service.app import create_app
 from service.settings import Settings
@@ -65,7 +65,7 @@ def test_the_entry_answers_as_the_trained_model(run: Path, tmp_path: Path, flags
     directory = tmp_path / "mine"
     assert main(["export", str(run), str(directory), *flags]) == 0
     entry = read_entry(directory)
-    model, _ = load_finetuned(run / "finetune" / "checkpoint.safetensors")
+    model, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
     model.eval()
     spec = entry.prg.image
     pixels = np.random.default_rng(2).integers(0, 256, (4, 3, 16, 16), np.uint8)
@@ -76,7 +76,7 @@ def test_the_entry_answers_as_the_trained_model(run: Path, tmp_path: Path, flags
     with torch.inference_mode():
         expected = [t.numpy() for t in model(x, torch.from_numpy(levels))]
     found = Runner(directory).run(pixels, levels)
-    for a, b in zip((found.state, found.hidden, found.logits), expected, strict=True):
+    for a, b in zip(found.values(), expected, strict=True):
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
         assert cosine.min() > entry.prg.tolerance.cosine
         lengths = np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -175,7 +175,7 @@ def test_a_pretrained_model_alone(run: Path, tmp_path: Path, capsys: pytest.Capt
     image = Image.new("RGB", (16, 16), "red")
     image.save(tmp_path / "a.png")
     pixels = load_image((tmp_path / "a.png").read_bytes(), entry.prg.image)
-    assert Runner(directory).run(pixels[None], np.ones(1, np.float32)).state.shape == (1, 768)
+    assert Runner(directory).run(pixels[None], np.ones(1, np.float32))["STATE"].shape == (1, 768)
     assert main(["evaluate", str(directory), "--data", str(tmp_path)]) == 1
     capsys.readouterr()
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from entry.config import read_entry, sha256, write_entry
-from entry.runner import Outputs, Runner
+from entry.config import read_entry, write_entry
+from entry.files import sha256
+from entry.runner import Runner
 from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
 from service.engines.embedded import EmbeddedEngine, load
 from service.settings import Settings
@@ -31,7 +32,7 @@ class Gate:
         self.batches: list[list[float]] = []
         self.fail = False
 
-    def run(self, images: np.ndarray, t_end: np.ndarray) -> Outputs:
+    def run(self, images: np.ndarray, t_end: np.ndarray) -> dict[str, np.ndarray]:
         self.batches.append([round(float(t), 3) for t in t_end])
         self.entered.set()
         assert self.open.wait(10)
