@@ -211,7 +211,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
     """What differs between two tables, key by key."""
     out = []
     for key in sorted(saved.keys() | now.keys()):
-        a, b = saved.get(key), now.get(key)
+        a, b = saved.get(key, "absent"), now.get(key, "absent")
         if isinstance(a, dict) and isinstance(b, dict):
             out += differences(a, b, f"{prefix}{key}.")
         elif a != b:

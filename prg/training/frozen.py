@@ -36,12 +36,13 @@ def fit_head(run: Run, model: Classifier, images: Images, facts: Facts, device: 
     for a class of one image.
     """
     config, image, path = run.recipe.finetune, run.recipe.image, run.finetuned
-    if path.exists():
+    if done := path.exists():
         check_continues(read_facts(path), facts, path)
-        return
-    assert images.labels is not None
     _check_counts(images)
     run.remember()
+    if done:
+        return
+    assert images.labels is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     model = model.to(device).eval().requires_grad_(False)
@@ -143,14 +144,12 @@ def standardise(head: Head, features: Tensor) -> None:
 
 
 def _check_counts(images: Images) -> None:
-    """Raise DataError for a class that cross-validation could not hold out."""
+    """Raise DataError for images that cross-validation can't be made on."""
     counts = np.bincount(images.labels, minlength=len(images.classes))  # type: ignore[arg-type]
     single = [name for name, count in zip(images.classes, counts, strict=True) if count == 1]
     if single or len(images) < FOLDS:
-        raise DataError(
-            f"{len(images)} images, of {', '.join(single) or 'all classes'} too few: cross-validation needs two "
-            f"of each class, and {FOLDS} in all"
-        )
+        few = f"one image alone of {', '.join(single)}" if single else f"{len(images)} images in all"
+        raise DataError(f"{few}: cross-validation needs two of each class, and {FOLDS} in all; add images")
 
 
 def _digest(facts: Facts, images: Images, seen: list[View]) -> str:

@@ -141,4 +141,4 @@ def test_a_class_of_one_image_is_named(run: Path, tmp_path: Path, capsys: pytest
     init = ["--init", str(run / "pretrain" / "checkpoint.safetensors"), "--freeze"]
     command = ["--recipe", "images-32", "--data", str(photos), *overrides(), *init]
     assert main(["finetune", str(tmp_path / "run"), *command]) == 1
-    assert "of red too few" in capsys.readouterr().err
+    assert "one image alone of red" in capsys.readouterr().err

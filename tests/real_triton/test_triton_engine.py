@@ -93,7 +93,7 @@ def test_both_engines_agree_on_every_feature_and_on_mixed_levels(serve: Serve, t
                 found = await infer(running, job(name, images, levels, *outputs))
                 expected = runner.run(images, levels)
                 for output in outputs:
-                    a, b = found[output], getattr(expected, output.lower())
+                    a, b = found[output], expected[output]
                     assert a.shape == b.shape
                     relative = np.abs(a - b).max(1) / np.abs(b).max(1)
                     assert relative.max() < tolerance.relative, (name, output)
