@@ -28,6 +28,7 @@ def all_files(path: Path) -> Iterator[Path]:
     """Every file in a folder, at all levels, in order; nothing hidden (.name), and nothing below what is hidden."""
     if path.is_file():
         yield path
+        return
     for parent, folders, files in os.walk(path, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for folder in (Path(parent, name) for name in folders):
