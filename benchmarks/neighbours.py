@@ -1,7 +1,6 @@
 """Nearest neighbours of the same class, by feature, as it is, centred and standardised. Prints one JSON line last.
 
-The images are those that training held back, so neither pretraining nor fine-tuning saw them, nor are they a
-test split; or, with --validation 1, a whole split, which should be one that training never saw.
+The images are a whole split, which should be one that training never saw. For reporting: nothing is chosen by it.
 """
 
 import argparse
