@@ -39,7 +39,9 @@ def loaded(folder: Path, cache: Path, split: str = "train") -> Images:
 
 
 def test_folders_of_splits_by_any_of_their_names(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "d", "Training/a/1.png", "val/a/1.png", "testing/a/1.png", "notes/read.txt")
+    folder = pictures(
+        tmp_path / "d", "Training/a/1.png", "val/a/1.png", "testing/a/1.png", "notes/read.txt", "classes.tsv"
+    )
     assert set(splits(str(folder))) == {"train", "validation", "test"}
     found = splits(str(folder))
     assert choose_split(found, "valid", "d") == "validation"
