@@ -4,14 +4,12 @@ import asyncio
 import base64
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 
 import httpx
 import numpy as np
@@ -93,8 +91,7 @@ class AsyncClient:
     """
 
     def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout_s)
+        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -156,18 +153,37 @@ class AsyncClient:
         for attempt in range(RETRIES):
             response = None
             with contextlib.suppress(httpx.TransportError):
-                response = await self._http.request(method, path, **content)
+                response = await self._send(method, path, **content)
                 if response.status_code not in (429, 503):
                     return response
-            await asyncio.sleep(_wait_s(response, attempt))
+            await self._sleep(_wait_s(response, attempt))
+        return await self._send(method, path, **content)
+
+    async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         return await self._http.request(method, path, **content)
+
+    async def _sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class _Blocking(AsyncClient):
+    """Waits by blocking its thread, so that its coroutines never give control away."""
+
+    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
+        self._blocking = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
+
+    async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        return self._blocking.request(method, path, **content)
+
+    async def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class Client:
-    """The same without asyncio: the requests of all clients run in one thread beside the program."""
+    """The same without asyncio, in the thread that calls; threads may share one."""
 
     def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
-        self._client = AsyncClient(url, key, timeout_s)
+        self._client = _Blocking(url, key, timeout_s)
 
     def __enter__(self) -> "Client":
         return self
@@ -177,39 +193,32 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._run(self._client.__aexit__())
+        self._client._blocking.close()
 
     def embed(self, images: Iterable[Image], **options: Unpack[EmbedOptions]) -> Embeddings:
         """Embeddings of images."""
-        return self._run(self._client.embed(images, **options))
+        return _now(self._client.embed(images, **options))
 
     def classify(self, images: Iterable[Image], **options: Unpack[ClassifyOptions]) -> Classes:
         """Classes of images."""
-        return self._run(self._client.classify(images, **options))
+        return _now(self._client.classify(images, **options))
 
     def models(self) -> dict[str, Any]:
         """What GET /models answers."""
-        return self._run(self._client.models())
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, _loop())
-        try:
-            return future.result()
-        except BaseException:  # also Ctrl-C, which arrives here while the request is in flight
-            future.cancel()
-            raise
+        return _now(self._client.models())
 
 
-@cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """Of all clients. In a daemon thread: a client that nobody closes must not keep the program from ending."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="prg-client", daemon=True).start()
-    return loop
+def _now(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never waits for anything."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return cast(T, done.value)
+    raise AssertionError("a blocking client waited")
 
 
-# A forked process has no such thread yet.
-os.register_at_fork(after_in_child=_loop.cache_clear)
+def _headers(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _read(response: httpx.Response) -> dict[str, Any]:

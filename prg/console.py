@@ -32,7 +32,8 @@ class Bar:
 
 def is_main_process() -> bool:
     """Whether this process writes files and speaks: of several that torchrun started, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    # A RANK alone, as schedulers leave it behind, is no group of processes.
+    return os.environ.get("WORLD_SIZE") in (None, "", "1") or os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:

@@ -105,23 +105,20 @@ def _check(arguments: argparse.Namespace) -> None:
     from entry.config import EntryError
 
     study = STUDIES[arguments.study] if arguments.study else None
-    wrong = {
-        "--stage goes with --study": arguments.stage and not study,
-        "--judge goes with --study": arguments.judge and not study,
-        "--write goes without --limit: an entry's figures are of the whole split": arguments.write
-        and arguments.limit,
-        "--write needs an entry, so export the run first": arguments.write
-        and (arguments.target / "recipe.json").is_file(),
-        f"--study {arguments.study}: say with --out which folder the answer goes to": study
-        and not arguments.out,
-        f"--study {arguments.study}: --write is for accuracy alone": study and arguments.write,
-        f"--study {arguments.study}: is made on the training split, so it takes no --split": study
-        and arguments.split
-        and not study.test,
-    }
-    for message, holds in wrong.items():
-        if holds:
-            raise EntryError(message)
+    for flag in ("stage", "judge"):
+        if getattr(arguments, flag) and not study:
+            raise EntryError(f"--{flag} goes with --study")
+    if arguments.write and arguments.limit:
+        raise EntryError("--write goes without --limit: an entry's figures are of the whole split")
+    if arguments.write and (arguments.target / "recipe.json").is_file():
+        raise EntryError("--write needs an entry, so export the run first")
+    about = f"--study {arguments.study}: "
+    if study and not arguments.out:
+        raise EntryError(f"{about}say with --out which folder the answer goes to")
+    if study and arguments.write:
+        raise EntryError(f"{about}--write is for accuracy alone")
+    if study and arguments.split and not study.test:
+        raise EntryError(f"{about}is made on the training split, so it takes no --split")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=arguments.out).close()

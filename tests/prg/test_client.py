@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_classes_and_models(client: Client) -> None:
     assert client.models()["default"] == "tiny"
 
 
+def test_images_may_come_from_another_call(client: Client) -> None:
+    blue = (image for image in [RED, BLUE] if client.classify([image]).predictions[0][0].label == "blue")
+    assert client.embed(blue, t_end=0.5).vectors.tolist() == [pytest.approx([0, 0, 1, 0.5])]
+
+
+def test_threads_share_one(client: Client) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda k: client.embed([RED], t_end=k / 32).vectors[0, 3], range(32)))
+    assert found == [k / 32 for k in range(32)]
+
+
 def test_all_bad_is_no_exception_and_none_is(client: Client) -> None:
     assert list(client.embed([b"text"]).errors) == [0]
     with pytest.raises(ValueError, match="no images"):
@@ -105,13 +117,9 @@ class Script:
 def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Any) -> tuple[Client, Script]:
     script = Script(*steps)
 
-    async def sleep(seconds: float) -> None:
-        script.waited.append(seconds)
-
-    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    monkeypatch.setattr("time.sleep", script.waited.append)
     found = Client()
-    transport = httpx.MockTransport(script)
-    found._client._http = httpx.AsyncClient(transport=transport, base_url="http://service")
+    found._client._blocking = httpx.Client(transport=httpx.MockTransport(script), base_url="http://service")
     return found, script
 
 
@@ -124,7 +132,7 @@ def test_it_waits_as_long_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_proxy_may_ask_by_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "time", lambda: 1_700_000_000.0)
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
     dates = [format_datetime(datetime.fromtimestamp(1_700_000_000 + s, UTC), usegmt=True) for s in (12, -9)]
     steps = [*((503, {"Retry-After": date}) for date in dates), (503, {"Retry-After": "soon"}), (200, {})]
     found, script = scripted(monkeypatch, *steps)
@@ -140,7 +148,7 @@ def test_an_image_larger_than_a_request_may_be_fails_alone() -> None:
         return httpx.Response(200, json=facts | {"data": [{"index": 0, "embedding": "AACAPw=="}]})
 
     found = Client()
-    found._client._http = httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://service")
+    found._client._blocking = httpx.Client(transport=httpx.MockTransport(service), base_url="http://service")
     answer = found.embed([RED, bytes(module.REQUEST_BYTES), BLUE])
     assert list(answer.errors) == [1]
     assert "100,000 bytes" in answer.errors[1]
