@@ -17,6 +17,7 @@ import pytest
 
 from service import readiness
 from service.app import create_app
+from service.engines.triton import Replica
 from service.settings import Settings
 from tests.real_triton.conftest import Serve
 from tests.real_triton.server import TritonServer
@@ -105,6 +106,10 @@ async def eventually(check: Callable[[], Awaitable[bool]], seconds: float) -> fl
 
 async def answers(http: httpx.AsyncClient) -> bool:
     return (await embed(http)).status_code == 200
+
+
+async def idle(replica: Replica) -> bool:
+    return replica.in_flight == 0
 
 
 async def is_ready(http: httpx.AsyncClient) -> bool:
@@ -304,6 +309,9 @@ def test_a_caller_that_hangs_up_cancels_the_call(serve: Serve) -> None:
     async def scene() -> None:
         async with gateway(server) as http:
             assert await answers(http)
+            replica = http.app.state.gateway.engine._replicas[0]  # type: ignore[attr-defined]
+            # The canary of the start may still be under way.
+            await eventually(lambda: idle(replica), 5)
             (server.repository / "tiny" / "slow-ms").write_text("1000")
             busy = asyncio.create_task(embed(http))
             await asyncio.sleep(0.2)
@@ -313,7 +321,7 @@ def test_a_caller_that_hangs_up_cancels_the_call(serve: Serve) -> None:
             for task in gone:
                 task.cancel()
             await asyncio.gather(*gone, return_exceptions=True)
-            assert http.app.state.gateway.engine._replicas[0].in_flight == 1  # type: ignore[attr-defined]
+            assert replica.in_flight == 1
             assert (await busy).status_code == 200
             (server.repository / "tiny" / "slow-ms").unlink()
             assert await answers(http)
