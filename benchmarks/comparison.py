@@ -103,7 +103,8 @@ class Comparison:
         self.folder, self.recipe, self.entry, self.extent = folder, recipe, entry, extent
         run = Run(folder, recipe)
         self.training, self.held = hold_out(run.training_images(), recipe.data.validation)
-        self.test_name, self.test = run.material("finetune").evaluated()
+        self.test_name = f"{Path(recipe.data.source).name}/{run.evaluated}"
+        self.test = run.load(run.sources[1][run.evaluated])
         self.path = folder / "results.json"
         told = {
             "recipe": recipe.model_dump(mode="json"),

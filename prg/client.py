@@ -14,6 +14,8 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 import httpx
 import numpy as np
 
+from prg.errors import PrgError
+
 Image = str | Path | bytes
 """A file's path, or its content."""
 T = TypeVar("T")
@@ -87,11 +89,12 @@ class AsyncClient:
     """Calls a service; waits and tries again where it is asked to (Retry-After) or meets no server.
 
     Images may be any number: they travel in several requests. Raises ServiceError for an answer that is an
-    error, httpx.TransportError where no server answers, OSError for a file that can't be read.
+    error, PrgError for a url that is none, httpx.TransportError where no server answers, OSError for a file that
+    can't be read.
     """
 
     def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
+        self._http = httpx.AsyncClient(base_url=_address(url), headers=_headers(key), timeout=timeout_s)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -170,7 +173,7 @@ class _Blocking(AsyncClient):
     """Waits by blocking its thread, so that its coroutines never give control away."""
 
     def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
-        self._blocking = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
+        self._blocking = httpx.Client(base_url=_address(url), headers=_headers(key), timeout=timeout_s)
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         return self._blocking.request(method, path, **content)
@@ -215,6 +218,14 @@ def _now(work: Coroutine[Any, Any, T]) -> T:
     except StopIteration as done:
         return cast(T, done.value)
     raise AssertionError("a blocking client waited")
+
+
+def _address(url: str) -> httpx.URL:
+    with contextlib.suppress(httpx.InvalidURL):
+        address = httpx.URL(url)
+        if address.scheme in ("http", "https") and address.host:
+            return address
+    raise PrgError(f"{url!r} is no address of a service; one is {URL}")
 
 
 def _headers(key: str | None) -> dict[str, str]:

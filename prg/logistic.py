@@ -42,7 +42,8 @@ def fit_logistic(
         optimiser.step(objective)
     if not bool(weight.isfinite().all()):
         raise TrainingError(
-            f"the regression with penalty {penalty:g} diverged; are all features finite numbers?"
+            f"the regression with penalty {penalty:g} diverged: leave that penalty out, or see whether the encoder's "
+            "features are finite numbers"
         )
     return weight.detach(), bias.detach()
 

@@ -41,6 +41,7 @@ def training_facts(about: str, facts: Facts) -> dict[str, Any]:
         "split": facts.recipe.data.train,
         "history": [*facts.history, facts.summary()],
         "held_out": facts.held_out,
+        "trained_on": facts.trained_on,
     }
     if facts.trained is not None:
         hours = round(facts.trained.seconds / 3600, 3)

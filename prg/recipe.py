@@ -214,7 +214,7 @@ def load_recipe(
 def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
     """A recipe from its table; `where` names it in errors. Raises RecipeError."""
     try:
-        return Recipe.model_validate_json(json.dumps(table))
+        return Recipe.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         raise RecipeError(f"{where}: {'; '.join(map(_explained, error.errors()))}") from None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from entry.config import read_entry
 from entry.files import sha256, write_atomically
+from prg.errors import DataError
 from prg.evaluation import evaluate, record
 from prg.images.sets import Images
 from prg.publish import publish
@@ -24,6 +25,11 @@ def reproduce(run: Run) -> Iterator[str]:
     CheckpointError also where a checkpoint is of another recipe.
     """
     run.check_classes()
+    if run.recipe.finetune.freeze and run.evaluated == run.sources[0]:
+        raise DataError(
+            f"{run.recipe.data.source}: no split to evaluate on, and a head on a frozen encoder is fitted to all "
+            "images; add a test split, or use `prg finetune --freeze`, which cross-validates"
+        )
     run.check_test_images()
     for stage, work in (("pretrain", pretrain), ("finetune", finetune)):
         done = is_complete(run.folder / stage / "checkpoint.safetensors")

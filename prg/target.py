@@ -12,7 +12,7 @@ from prg.images.material import Material
 from prg.images.splits import splits
 from prg.publish import publish
 from prg.recipe import load_recipe
-from prg.training.run import Run, open_run
+from prg.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def open_target(
     """
     if (path / "recipe.json").is_file():
         changed = ({"source": data} if data else {}) | ({"skip_unreadable": True} if skip_unreadable else {})
-        run = open_run(path, load_recipe(str(path / "recipe.json"), given={"data": changed}))
+        run = Run(path, load_recipe(str(path / "recipe.json"), given={"data": changed}))
         return _run_target(run, stage, scratch / "run", seen)
     if not (path / "config.pbtxt").is_file():
         there = "no run and no entry" if path.is_dir() else "no such folder"
@@ -67,6 +67,7 @@ def open_target(
             train=training.get("split", "train"),
             test="",
             held_out=training.get("held_out"),
+            trained_on=training.get("trained_on", ()),
             seen=seen,
             load=load,
         ),

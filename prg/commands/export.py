@@ -34,7 +34,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from prg.publish import publish
     from prg.training.run import open_run
 
-    run = open_run(arguments.run, None)
+    run = open_run(arguments.run)
     version = publish(run, arguments.stage, arguments.entry, arguments.precision, arguments.compact)
     path = arguments.entry / version / "model.pt"
     print(f"exported: {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -63,4 +63,8 @@ def answer(name: str, target: "Target", judge: Path | None, split: str, limit: i
     if target.exported:
         weights = {"checkpoint": training["checkpoint"][:12]}
     known = {"model": subject.name, **weights, "data": material.name}
+    if not STUDIES[name].test:
+        known["held_out"] = str(
+            material.held_out or "not from training: the model may have seen these images"
+        )
     return replace(report, conditions=known | report.conditions)

@@ -85,16 +85,9 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, more: list[str]) -> "Run":
     """The run that the flags describe; without any, as it was begun."""
-    from prg.errors import RecipeError
-    from prg.recipe import load_recipe
-    from prg.training.run import Run
+    from prg.training.run import open_run
 
-    own = arguments.run / "recipe.json"
-    if arguments.recipe is None and not own.is_file():
-        raise RecipeError(
-            f"{own}: no run here yet; begin one by `prg pretrain` or `prg finetune` with --recipe"
-        )
-    return Run(arguments.run, load_recipe(arguments.recipe or str(own), [*more, *overrides(arguments)]))
+    return open_run(arguments.run, arguments.recipe, [*more, *overrides(arguments)])
 
 
 def _say(checkpoint: Path, done: bool, then: str) -> None:

@@ -17,6 +17,8 @@ SALT = b"prg: held out?"
 LEAST = 10
 """Images held out, at least: fewer say nothing."""
 LARGEST_SHARE = 0.5
+KEPT = 64
+"""Keys of images trained on that a model keeps, by which they are known again elsewhere."""
 
 
 def key_of(content: bytes) -> int:
@@ -24,22 +26,34 @@ def key_of(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(SALT + content).digest()[:8])
 
 
-def hold_out(images: Images, share: float) -> tuple[Images, Images]:
-    """(training, held out), each in the order of the keys.
+def kept_keys(images: Images) -> tuple[str, ...]:
+    """The KEPT smallest keys, 16 hex digits each: a sample that is the same for the same images."""
+    return tuple(f"{key:016x}" for key in np.sort(images.keys)[:KEPT])
 
-    Raises DataError where fewer than LEAST are held out, or all images of a class are.
+
+def hold_out(images: Images, share: float, remedy: str = "") -> tuple[Images, Images]:
+    """(training, held out), each in the order of the keys. Raises DataError as `is_held_out` does."""
+    held = is_held_out(images, share, remedy)
+    order = np.argsort(images.keys, kind="stable")
+    return images.subset(order[~held[order]]), images.subset(order[held[order]])
+
+
+def is_held_out(images: Images, share: float, remedy: str = "") -> np.ndarray:
+    """Which of the images are: bool [N].
+
+    Raises DataError where these are fewer than LEAST, or all images of a class; it tells the `remedy`, by default
+    a share that works.
     """
     fraction = images.keys / 2.0**64
-    held = fraction < share
+    held: np.ndarray = fraction < share
     alone = _without_training(images, held)
     if held.sum() < LEAST or alone:
         all_of = f", among them all of {', '.join(alone)}" if alone else ""
         raise DataError(
-            f"data.validation = {share} holds out {held.sum()} of {len(images)} images{all_of}; at least {LEAST} "
-            f"are needed, and one of each class to train on: {_remedy(images, fraction)}"
+            f"a share of {share:g} holds out {held.sum()} of {len(images)} images{all_of}; at least {LEAST} are "
+            f"needed, and one of each class to train on: {remedy or _share_that_works(images, fraction)}"
         )
-    order = np.argsort(images.keys, kind="stable")
-    return images.subset(order[~held[order]]), images.subset(order[held[order]])
+    return held
 
 
 def _without_training(images: Images, held: np.ndarray) -> list[str]:
@@ -50,7 +64,7 @@ def _without_training(images: Images, held: np.ndarray) -> list[str]:
     return [images.classes[i] for i in sorted(gone)]
 
 
-def _remedy(images: Images, fraction: np.ndarray) -> str:
+def _share_that_works(images: Images, fraction: np.ndarray) -> str:
     """A share that works, in hundredths; where there is none, what else does."""
     least = np.sort(fraction)[LEAST - 1] if len(images) >= LEAST else math.inf
     share = next((n / 100 for n in range(1, 51) if n / 100 > least), None)

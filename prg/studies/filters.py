@@ -27,11 +27,6 @@ def impulse_noise(x: np.ndarray, share: float, generator: np.random.Generator) -
     return np.where(hit, salt.astype(x.dtype), x)
 
 
-def speckle_noise(x: np.ndarray, scale: float, generator: np.random.Generator) -> np.ndarray:
-    """Normal noise in proportion to the brightness."""
-    return x + x * generator.normal(0, scale, x.shape)
-
-
 def gaussian_blur(x: np.ndarray, sigma: float, _: np.random.Generator) -> np.ndarray:
     """A Gaussian over space, none over colour."""
     from scipy.ndimage import gaussian_filter
@@ -152,37 +147,6 @@ def grey(x: np.ndarray) -> np.ndarray:
     return x @ np.array([[0.299], [0.587], [0.114]])
 
 
-def spatter(x: np.ndarray, constants: tuple[float, ...], generator: np.random.Generator) -> np.ndarray:
-    """Drops of water (pale turquoise, brighter at an edge) or of mud."""
-    from scipy.ndimage import gaussian_filter
-
-    mean, spread, sigma, threshold, strength, mud = constants
-    liquid = gaussian_filter(generator.normal(mean, spread, x.shape[:2]), sigma, mode="nearest")
-    liquid = np.where(liquid < threshold, 0, liquid)
-    if mud:
-        mask = gaussian_filter((liquid > threshold).astype(float), strength, mode="nearest")
-        mask = np.where(mask < 0.8, 0, mask)[:, :, None]
-        return x * (1 - mask) + np.array([63, 42, 20]) / 255 * mask
-    drops = (liquid * lit_edges(liquid))[:, :, None]
-    if drops.max() > 0:
-        drops *= strength / drops.max()
-    return x + drops * np.array([175, 238, 238]) / 255
-
-
-def lit_edges(liquid: np.ndarray) -> np.ndarray:
-    """How much light falls on each pixel of drops lit from one corner: [S, S], at least 0."""
-    from scipy.ndimage import convolve, distance_transform_edt, sobel, uniform_filter
-
-    edge = np.hypot(sobel(liquid, 0), sobel(liquid, 1)) > 150 / 255
-    if not edge.any():
-        return np.zeros_like(liquid)
-    away = uniform_filter(np.minimum(distance_transform_edt(~edge), 20), 3)
-    ranks = np.searchsorted(np.sort(away, axis=None), away, side="right") / away.size  # equalised histogram
-    kernel = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
-    light: np.ndarray = uniform_filter(convolve(ranks, kernel, mode="mirror").clip(0, 1), 3)
-    return light
-
-
 def contrast(x: np.ndarray, factor: float, _: np.random.Generator) -> np.ndarray:
     """Drawn together towards the mean colour."""
     mean = x.mean((0, 1), keepdims=True)
@@ -193,12 +157,6 @@ def brightness(x: np.ndarray, amount: float, _: np.random.Generator) -> np.ndarr
     """The value of hue, saturation, value, raised."""
     value = x.max(2, keepdims=True)
     return recoloured(x, (value + amount).clip(0, 1), saturation(x))
-
-
-def saturate(x: np.ndarray, constants: tuple[float, float], _: np.random.Generator) -> np.ndarray:
-    """The saturation of hue, saturation, value, changed."""
-    factor, more = constants
-    return recoloured(x, x.max(2, keepdims=True), (saturation(x) * factor + more).clip(0, 1))
 
 
 def saturation(x: np.ndarray) -> np.ndarray:

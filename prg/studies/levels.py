@@ -53,7 +53,7 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
         about="Accuracy of a linear probe (logistic regression by LBFGS, its penalty chosen on a part of its own "
         f"training features) and of {NEIGHBOURS} nearest neighbours by cosine of the centred features, for the "
         "state at t_end and the activations there. Probes are fitted on images of the training split and evaluated "
-        "on images held out from it; the test split is not read. t_end = 1 is the image itself, without a solve.",
+        "on images held out of it; the test split is not read. t_end = 1 is the image itself, without a solve.",
         columns=COLUMNS,
         rows=rows,
         figures={"": draw_axes(lambda axes: _paint(axes, rows), panels=2)},

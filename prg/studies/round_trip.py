@@ -38,7 +38,7 @@ def round_trip(subject: Subject, material: Material, limit: int | None) -> Repor
         title="Round trip: reversed to t_end and generated back",
         about="Each image is reversed to t_end and brought back to t = 1 by the same solver with as many steps. "
         "Relative error: length of the difference over length of the image, in the network's units, mean over "
-        "images. PSNR: of pixels. Images are held out from training. Evaluations are those of both ways.",
+        "images. PSNR: of pixels. Evaluations are those of both ways.",
         columns=COLUMNS,
         rows=rows,
         figures={

@@ -17,7 +17,7 @@ COLUMNS = ("solver", "steps", "evaluations", "top-1", "NLL")
 
 
 def steps(subject: Subject, material: Material, limit: int | None) -> Report:
-    """The head as it was trained, behind other solves than its own, on images held out from training."""
+    """The head as it was trained, behind other solves than its own, on images held out."""
     level = subject.classify_t_end
     labels = subject.prg.labels or ()
     held = same_classes(sample(material.training()[1], limit), labels, material.source)
@@ -34,8 +34,8 @@ def steps(subject: Subject, material: Material, limit: int | None) -> Report:
     return Report(
         title="Steps: accuracy against network evaluations",
         about=f"The classifier at its own level t_end = {level:g}, reversed by other solvers and numbers of steps "
-        f"than the {own} it was fine-tuned with, on images held out from training. Evaluations include the "
-        "further one for the activations.",
+        f"than the {own} it was fine-tuned with. Evaluations include the further "
+        "one for the activations.",
         columns=COLUMNS,
         rows=rows,
         figures={"": draw_axes(lambda axes: _paint(axes, rows, own))},

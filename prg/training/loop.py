@@ -1,9 +1,6 @@
 """The training loop: deterministic, resumable step by step, for any loss on batches of images."""
 
-import fcntl
-import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -28,11 +24,11 @@ from prg.checkpoint import (
     save_checkpoint,
 )
 from prg.console import is_main_process, track
-from prg.errors import CheckpointError, Interrupted, ProcessError, RecipeError, TrainingError
+from prg.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from prg.images.sets import Images
 from prg.machine import Precision, device_name, training_precision
 from prg.recipe import Optimisation
-from prg.training import processes
+from prg.training import metrics, processes
 from prg.training.optimisers import MOMENTS, learning_rate, optimisers
 
 SAVE_EVERY_S = 120.0
@@ -208,6 +204,18 @@ class Trainer:
         facts = self.facts.model_copy(update={"trained": trained})
         save_checkpoint(self.job.checkpoint, Checkpoint(tensors, facts))
 
+    def log(self, **figures: float) -> None:
+        """Add figures of this step to metrics.jsonl."""
+        if not is_main_process():
+            return
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / self.job.steps_per_epoch, 3),
+            "seconds": round(self.seconds, 1),
+            "lr": learning_rate(self.job.config, self.step - 1, self.job.steps),
+        }
+        metrics.append(self.job.folder / "metrics.jsonl", row | figures)
+
     def batch(self, step: int) -> Batch:
         """What one step's loss needs."""
         job = self.job
@@ -279,7 +287,7 @@ def train(job: Job) -> Trainer:
     SIGTERM, TrainingError for a loss that is not finite, CheckpointError for a checkpoint of another run,
     ProcessError where another process trains in the same folder.
     """
-    with exclusive(job.folder), closing(Trainer(job)) as trainer:
+    with processes.exclusive(job.folder), closing(Trainer(job)) as trainer:
         trainer.resume()
         _check_processes(job, trainer.step)
         if is_main_process():
@@ -290,9 +298,8 @@ def train(job: Job) -> Trainer:
 
 def _run(job: Job, trainer: Trainer) -> None:
     """The steps that are left."""
-    metrics = job.folder / "metrics.jsonl"
     if is_main_process():
-        drop_metrics(metrics, trainer.step)
+        metrics.drop_after(job.folder / "metrics.jsonl", trainer.step)
     trainer.model.train()
     started = time.monotonic() - trainer.seconds
     saved = time.monotonic()
@@ -300,18 +307,21 @@ def _run(job: Job, trainer: Trainer) -> None:
     batch = min(job.config.batch, len(job.images))
     title = {"pretrain": "pretraining", "finetune": "fine-tuning"}[job.facts.stage]
     title = f"{title} in {trainer.precision}"
-    with stop_signals(trainer.stop), track(title, job.steps * batch, done=trainer.step * batch) as bar:
+    with (
+        processes.stop_signals(trainer.stop),
+        track(title, job.steps * batch, done=trainer.step * batch) as bar,
+    ):
         while trainer.step < job.steps:
             running.append(trainer.advance())
             trainer.seconds = time.monotonic() - started
             bar.advance(batch, f"loss {np.mean(running[-LOG_EVERY_STEPS:]):.4f}")
             last = trainer.step == job.steps
             if trainer.step % LOG_EVERY_STEPS == 0 or last:
-                log_metrics(metrics, trainer, loss=float(np.mean(running)))
+                trainer.log(loss=float(np.mean(running)))
                 running.clear()
             if (trainer.step % job.steps_per_epoch == 0 or last) and is_main_process():
                 with trainer.averaged() as model:
-                    log_metrics(metrics, trainer, **job.validate(model))
+                    trainer.log(**job.validate(model))
             if last or trainer.stopping or time.monotonic() - saved > SAVE_EVERY_S:
                 trainer.save()
                 saved = time.monotonic()
@@ -337,79 +347,3 @@ def _check_processes(job: Job, step: int) -> None:
             f"{job.checkpoint}: at step {step} here, at {first} for process 0; "
             "all processes must see the same folder"
         )
-
-
-def log_metrics(path: Path, trainer: Trainer, **figures: float) -> None:
-    """Append a line to metrics.jsonl: one JSON object."""
-    if not is_main_process():
-        return
-    row = {
-        "step": trainer.step,
-        "epoch": round(trainer.step / trainer.job.steps_per_epoch, 3),
-        "seconds": round(trainer.seconds, 1),
-        "lr": learning_rate(trainer.job.config, trainer.step - 1, trainer.job.steps),
-        **figures,
-    }
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def drop_metrics(path: Path, step: int) -> None:
-    """Drop the lines from after a checkpoint, as a kill leaves them."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step(line) <= step]
-    if kept != lines:
-        path.write_text("".join(line + "\n" for line in kept))
-
-
-def _step(line: str) -> float:
-    """The step of one line; infinite for a line that a kill cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return math.inf
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """One training at a time in a folder: two would write over each other's checkpoints.
-
-    The system releases the lock when the process ends, however it does. Raises ProcessError where another process
-    holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("ab") as file:
-
-        def lock() -> bool:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:  # a file system without locks: go on as without them
-                pass
-            return True
-
-        if not processes.on_main_process(lock):
-            raise ProcessError(
-                f"{folder}: another process is training here; wait for it, or take another folder"
-            )
-        yield
-
-
-@contextmanager
-def stop_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set the event, so that the loop ends after the step under way; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

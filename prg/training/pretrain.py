@@ -49,7 +49,7 @@ def pretrain(run: Run) -> None:
     precision = training_precision(config.precision, device)
     trained = not_begun(images, steps_of(config, len(images)), precision, device)
     job = Job(
-        facts=run.first_facts("pretrain", trained, (), None),
+        facts=run.first_facts("pretrain", trained, images, None),
         model=net,
         prepare=pretraining_batch(recipe),
         loss=flow_loss(PATHS[recipe.encoder.path]),

@@ -1,13 +1,18 @@
-"""Several processes, as torchrun starts them: shares of one batch, one averaged gradient, one that writes.
+"""Processes: several as torchrun starts them, with one averaged gradient; one training a folder; signals to stop.
 
 torchrun and `accelerate launch` set the variables that are read here, and end all processes where one fails.
 """
 
+import fcntl
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 
@@ -71,24 +76,28 @@ def barrier() -> None:
             distributed.all_reduce(torch.zeros(1))
 
 
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """The main process goes through the body before the others do, so that they find what it wrote."""
-    if not is_main_process():
-        barrier()
-    yield
-    if is_main_process():
-        barrier()
+def main_process_first(work: Callable[[], T]) -> T:
+    """What `work` returns; the main process does it before the others do, so that they find what it wrote."""
+    done: list[T] = []
+    on_main_process(lambda: done.append(work()))
+    return done[0] if done else work()
 
 
 def on_main_process(work: Callable[[], T]) -> T:
-    """What `work` returns, in every process; the main one alone does it."""
+    """What `work` returns or raises, in every process; the main one alone does it."""
     if count() == 1:
         return work()
-    box = [work() if is_main_process() else None]
+    box: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
     with _explained():
         distributed.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]  # type: ignore[return-value]
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def share(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -122,6 +131,51 @@ def average_gradients(model: nn.Module, loss: Tensor, stop: bool) -> tuple[Tenso
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
     return flat[-2], bool(flat[-1] > 0)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """One training at a time in a folder: two would write over each other's checkpoints.
+
+    The system releases the lock when the process ends, however it does. Raises ProcessError where another process
+    holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as file:
+
+        def lock() -> bool:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:  # a file system without locks: go on as without them
+                pass
+            return True
+
+        if not on_main_process(lock):
+            raise ProcessError(
+                f"{folder}: another process is training here; wait for it, or take another folder"
+            )
+        yield
+
+
+@contextmanager
+def stop_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the event, so that the loop ends after the step under way; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _meet() -> None:

@@ -1,5 +1,6 @@
 """A run folder: its recipe, its images, and the checkpoints of its stages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from entry.files import write_atomically
 from prg.checkpoint import Facts, Stage, Trained, read_facts
 from prg.errors import DataError, RecipeError
 from prg.images.decoded import load_split
+from prg.images.held_out import is_held_out, kept_keys
 from prg.images.material import Material
 from prg.images.sets import Images, check_classes_were_seen
 from prg.images.source import Source, standard_name
@@ -78,18 +80,19 @@ class Run:
     def load(self, source: Source) -> Images:
         """A split, decoded; kept in the folder for the next time."""
         data = self.recipe.data
-        with main_process_first():
-            return load_split(
-                source, self.recipe.image.spec, self.folder / "data", data.skip_unreadable, data.enlarge
-            )
+        cache = self.folder / "data"
+        return main_process_first(
+            lambda: load_split(source, self.recipe.image.spec, cache, data.skip_unreadable, data.enlarge)
+        )
 
     def material(self, stage: Stage, seen: bool = False) -> Material:
         """The images that the run's model of that stage, once there is one, may be evaluated on."""
         train, found = self.sources
         path = self.checkpoint(stage)
-        held_out = read_facts(path).held_out if path.is_file() else None
+        facts = read_facts(path)
+        data = self.recipe.data
         return Material(
-            self.recipe.data.source, found, train, self.recipe.data.test, held_out, seen, self.load
+            data.source, found, train, data.test, facts.held_out, facts.trained_on, seen, self.load
         )
 
     def check_classes(self) -> None:
@@ -122,10 +125,15 @@ class Run:
         if self.evaluated != train:
             self.load(found[self.evaluated])
 
-    def first_facts(
-        self, stage: Stage, trained: Trained, classes: tuple[str, ...], start: Start | None
-    ) -> Facts:
-        """Of a training of this run that begins now; start: None for random weights, or where it goes on."""
+    def check_held_out(self, facts: Facts) -> None:
+        """Raise DataError, before any work, where what every training held out is needed and too little."""
+        train, found = self.sources
+        if self.evaluated == train and facts.held_out:
+            remedy = "begin from a model that held out more, or add a test split"
+            is_held_out(self.load(found[train]), facts.held_out, remedy)
+
+    def first_facts(self, stage: Stage, trained: Trained, images: Images, start: Start | None) -> Facts:
+        """Of a training on `images` that begins now; start: None for random weights, or where it goes on."""
         frozen = stage == "finetune" and self.recipe.finetune.freeze
         own = 0.0 if frozen else self.recipe.data.validation
         before = start.held_out if start else own
@@ -133,20 +141,22 @@ class Run:
             stage=stage,
             recipe=self.recipe.without_source(),
             trained=trained,
-            classes=classes,
+            classes=images.classes,
             init=start.sha256 if start else "",
             held_out=None if before is None else min(own, before),
+            trained_on=tuple(dict.fromkeys((*(start.trained_on if start else ()), *kept_keys(images)))),
             history=start.history if start else (),
         )
 
 
-def open_run(folder: Path, recipe: Recipe | None) -> Run:
-    """The run in `folder`, by the recipe given, or else by the one it was begun with."""
-    path = folder / "recipe.json"
-    if recipe is None:
-        if not path.is_file():
-            raise RecipeError(
-                f"{path}: no run here yet; begin one by `prg pretrain` or `prg finetune` with --recipe"
-            )
-        return Run(folder, load_recipe(str(path)))
-    return Run(folder, recipe)
+def open_run(folder: Path, recipe: str | None = None, changes: Sequence[str] = ()) -> Run:
+    """The run in `folder`, by the recipe of that name or file, or else the one it was begun with.
+
+    changes: of keys, as `--set` has them. Raises RecipeError.
+    """
+    own = folder / "recipe.json"
+    if recipe is None and not own.is_file():
+        raise RecipeError(
+            f"{own}: no run here yet; begin one by `prg pretrain` or `prg finetune` with --recipe"
+        )
+    return Run(folder, load_recipe(recipe or str(own), changes))

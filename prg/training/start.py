@@ -23,6 +23,7 @@ class Start:
 
     sha256: str
     held_out: float | None
+    trained_on: tuple[str, ...]
     history: tuple[str, ...]
 
 
@@ -67,7 +68,8 @@ def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -
     facts = entry.prg.versions[version]
     line = f"entry: {entry.name} version {version} ({facts.sha256[:12]})"
     history = (*facts.training.get("history", ()), line)
-    return net, Start(facts.sha256, facts.training.get("held_out"), history)
+    training = facts.training
+    return net, Start(facts.sha256, training.get("held_out"), tuple(training.get("trained_on", ())), history)
 
 
 def _from_checkpoint(init: Path, network: str | UNetConfig, image: Image, path: str) -> tuple[UNet, Start]:
@@ -86,7 +88,7 @@ def _from_checkpoint(init: Path, network: str | UNetConfig, image: Image, path: 
     net = UNet(facts.recipe.unet)
     load_strictly(net, saved.part("average" if facts.stage == "pretrain" else f"average.{NET}"), init)
     history = (*facts.history, facts.summary())
-    return net, Start(sha256(init), facts.held_out, history)
+    return net, Start(sha256(init), facts.held_out, facts.trained_on, history)
 
 
 def _refuse_what_lies_beside(init: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from prg import client as module
 from prg.client import AsyncClient, Client, ServiceError
+from prg.errors import PrgError
 from service.app import create_app
 from service.settings import Settings
 from tests.serving import served
@@ -160,6 +161,14 @@ def test_an_image_larger_than_a_request_may_be_fails_alone() -> None:
 def test_a_client_that_nobody_closes_lets_the_program_end() -> None:
     code = "from prg.client import Client; Client('http://127.0.0.1:9')"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "http://[::1", "ftp://a", ""])
+def test_an_address_without_a_scheme_is_an_error_at_once(url: str) -> None:
+    with pytest.raises(PrgError, match="is no address of a service"):
+        Client(url)
+    with pytest.raises(PrgError, match="is no address of a service"):
+        AsyncClient(url)
 
 
 def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

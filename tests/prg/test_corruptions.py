@@ -26,8 +26,6 @@ def pictures(request: pytest.FixtureRequest) -> np.ndarray:
 
 
 ORDERED: dict[str, tuple[tuple[int, ...], ...]] = {
-    "saturate": ((1, 2), (3, 4, 5)),  # less colour, then more
-    "spatter": ((1, 2, 3), (4, 5)),  # water, then mud
     "elastic_transform": (),  # trades bending for moving
     "glass_blur": ((1, 4), (2, 4), (3, 5)),  # one round, then two
     "motion_blur": ((1, 2, 3), (4, 5)),  # a longer line, then a longer one again
@@ -71,6 +69,6 @@ def test_the_clean_picture_is_not_a_severity(pictures: np.ndarray) -> None:
 
 def test_grey_pictures_stay_grey_under_changes_of_colour() -> None:
     grey = np.repeat(np.random.default_rng(1).integers(0, 200, (2, 1, 32, 32), np.uint8), 3, axis=1)
-    for name in ("brightness", "contrast", "fog", "gaussian_blur"):
+    for name in ("brightness", "contrast", "fog", "zoom_blur"):
         bad = corrupted(grey, name, 3).astype(int)
         assert np.abs(bad - bad[:, :1]).max() <= 1

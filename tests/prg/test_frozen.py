@@ -1,6 +1,7 @@
 """Few labels: a head on a frozen encoder, begun from a checkpoint or an entry."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,17 @@ def test_again_changes_nothing_and_other_settings_are_refused(
     assert main(["finetune", str(run), "--set", "finetune.freeze=false"]) == 1
     assert "finetune.freeze was True, is False" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_a_renamed_image_changes_nothing(run: Path, photos: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(photos, tmp_path / "photos")
+    first = min((other / "train" / "red").iterdir())
+    first.rename(first.with_name("zzz.png"))
+    path = run / "finetune" / "checkpoint.safetensors"
+    before = path.read_bytes()
+    assert main(["finetune", str(run), "--data", str(other)]) == 0
+    assert path.read_bytes() == before
+    assert main(["finetune", str(run), "--data", str(photos)]) == 0
 
 
 def test_it_is_exported_and_evaluated_as_any_other(

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from workshop import image_folder, overrides, trained_run
 
@@ -95,6 +97,49 @@ def test_added_and_renamed_images_are_never_evaluated_on_if_trained_on(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == len(images)
 
 
+@pytest.mark.parametrize("form", ["images", "parquet"])
+def test_images_trained_on_are_known_again_in_another_split(
+    form: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    if form == "images":
+        shutil.copytree(home / "photos" / "train", other / "test")
+    else:
+        files = sorted((home / "photos" / "train").glob("*/*.png"))
+        labels = sorted({file.parent.name for file in files})
+        table = {
+            "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+            "label": [file.parent.name for file in files],
+        }
+        assert labels == ["blue", "green", "red"]
+        other.mkdir()
+        pq.write_table(pa.table(table), other / "test.parquet")
+    assert main(["evaluate", str(home / "entry"), "--data", str(other)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["data"], found["images"]) == ("other/held-out", len(trained_on(home / "run")[1]))
+    run, entry = tmp_path / "run", tmp_path / "entry"
+    more = image_folder(tmp_path / "more", each=30, splits=("train",), seed=1)
+    assert main(["finetune", str(run), *command(more), "--init", str(home / "entry")]) == 0
+    assert main(["export", str(run), str(entry)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(entry), "--data", str(other), "--seen"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["data"], found["images"]) == ("other/test (seen in training)", 90)
+
+
+def test_too_small_an_inherited_share_is_refused_before_training(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = image_folder(tmp_path / "few", each=9, splits=("train",), seed=5)
+    init = ["--init", str(home / "entry")]
+    assert main(["finetune", str(tmp_path / "run"), *command(few, "data.validation=0.5"), *init]) == 1
+    assert "a share of 0.3 holds out" in (said := capsys.readouterr().err)
+    assert "begin from a model that held out more" in said
+    assert not (tmp_path / "run" / "finetune" / CHECKPOINT).exists()
+    assert main(["evaluate", str(home / "entry"), "--data", str(few), "--split", "train"]) == 1
+    assert "--seen" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("begin", ["checkpoint", "entry"])
 def test_the_smallest_share_of_all_trainings_counts(begin: str, home: Path, tmp_path: Path) -> None:
     init = home / "entry" if begin == "entry" else home / "run" / "finetune" / CHECKPOINT
@@ -121,13 +166,15 @@ def test_what_may_have_been_seen_is_evaluated_on_when_asked_and_labelled(
     evaluate = ["evaluate", str(entry), "--data", str(home / "photos")]
     for more in ([], ["--split", "train"], ["--study", "steps", "--out", str(tmp_path / "out")]):
         assert main([*evaluate, *more]) == 1
-        assert "may have been trained on them" in capsys.readouterr().err
+        assert "may have been trained on these images" in capsys.readouterr().err
     assert main([*evaluate, "--seen", "--write"]) == 0
     [accuracy] = read_entry(entry).prg.versions["1"].accuracy
     assert (accuracy.data, accuracy.images) == ("photos/train (seen in training)", 90)
     study = ["--study", "steps", "--out", str(tmp_path / "out"), "--seen"]
     assert main([*evaluate, *study]) == 0
-    assert "--seen" in (tmp_path / "out" / "steps.md").read_text()
+    page = (tmp_path / "out" / "steps.md").read_text()
+    assert "--seen" in page
+    assert "- held out: not from training" in page
 
 
 def test_a_head_fitted_to_all_images_asks_for_others(
@@ -136,7 +183,7 @@ def test_a_head_fitted_to_all_images_asks_for_others(
     init = ["--init", str(home / "entry"), "--freeze"]
     assert main(["finetune", str(tmp_path / "run"), *command(home / "photos"), *init]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 1
-    assert "was trained on all of its images; name a test split or other images" in capsys.readouterr().err
+    assert "was trained on these images; name a test split or other images" in capsys.readouterr().err
     other = image_folder(tmp_path / "other", each=4, splits=("test",), seed=3)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "few")]) == 0
     assert main(["evaluate", str(tmp_path / "few"), "--data", str(other)]) == 0

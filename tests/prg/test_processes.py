@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,6 +120,15 @@ def test_stopped_and_continued_they_are_the_run_of_one(tmp_path: Path, photos: P
     frozen = in_two(tmp_path, ["finetune", str(two), "--freeze"])
     assert [status for status, _ in frozen] == [0, 0], frozen
     assert final(two, "finetune").facts.cross_validated is not None
+
+
+def test_what_stops_the_first_is_told_by_both(tmp_path: Path, photos: Path) -> None:
+    other = shutil.copytree(photos, tmp_path / "photos")
+    (other / "train" / "red" / "0.png").write_bytes(b"no picture")
+    settings = ["--recipe", "images-32", "--data", str(other), *overrides()]
+    for status, said in in_two(tmp_path, ["pretrain", str(tmp_path / "run"), *settings]):
+        assert status == 1, said
+        assert "0.png: " in said
 
 
 def test_a_whole_experiment_by_the_launcher(tmp_path: Path, photos: Path) -> None:

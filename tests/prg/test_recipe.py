@@ -91,7 +91,7 @@ def test_overrides(tmp_path: Path) -> None:
     path.write_text(MINIMAL)
     recipe = load_recipe(str(path), ["seed=7", "finetune.t_end=[0.5, 0.6]", "data.source=some/dataset"])
     assert (recipe.seed, recipe.finetune.t_end, recipe.data.source) == (7, (0.5, 0.6), "some/dataset")
-    for bad in ("seed", "seed.x=1", "nothing=1"):
+    for bad in ("seed", "seed.x=1", "nothing=1", "seed=2024-01-01"):
         with pytest.raises(RecipeError):
             load_recipe(str(path), [bad])
 

@@ -55,6 +55,16 @@ def test_all_stages_then_nothing_anew(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "seed was 0, is 3" in capsys.readouterr().err
 
 
+def test_a_frozen_head_needs_a_split_to_be_evaluated_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_folder(tmp_path / "photos", splits=("train",))
+    frozen = ["--set", "finetune.freeze=true", "--set", "finetune.head=linear"]
+    assert main([*command(tmp_path), *frozen]) == 1
+    assert "no split to evaluate on" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
 def test_the_dry_run_tells_all_stages_and_begins_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

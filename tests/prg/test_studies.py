@@ -150,7 +150,7 @@ def test_robustness_at_each_size_of_published_severities(
     assert main([*command, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "robustness.json").read_text())
     assert [r["corruption"] for r in found["results"]][: len(CORRUPTIONS)] == list(CORRUPTIONS)
-    assert len(found["results"]) == len(CORRUPTIONS) + 2
+    assert len(found["results"]) == len(CORRUPTIONS) + 1
     assert found["conditions"]["images"] == 2
     assert PUBLISHED[side] in (tmp_path / "robustness.md").read_text()
     assert len(capsys.readouterr().out.splitlines()) == 4

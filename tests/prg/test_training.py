@@ -21,8 +21,8 @@ from prg.cli import main
 from prg.errors import CheckpointError
 from prg.machine import training_precision
 from prg.recipe import Pretrain
-from prg.training import loop, pretrain
-from prg.training.loop import batch_at, exclusive
+from prg.training import loop, pretrain, processes
+from prg.training.loop import batch_at
 from prg.training.optimisers import learning_rate
 
 PATIENT = (
@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 def test_two_do_not_train_in_one_folder(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with exclusive(tmp_path / "pretrain"):
+    with processes.exclusive(tmp_path / "pretrain"):
         assert main(pretraining(tmp_path, photos)) == 1
         assert "another process is training here" in capsys.readouterr().err
     assert main(pretraining(tmp_path, photos, "pretrain.epochs=1")) == 0
