@@ -27,6 +27,8 @@ class Trained(Section):
     images: int
     digest: str
     """Of the images and, where they are learned, their labels."""
+    keys: tuple[str, ...]
+    """Of some of the images (`prg.images.sets.Images.kept_keys`)."""
     step: int
     steps: int
     """Of the whole training: done where `step` is as many."""
@@ -76,7 +78,7 @@ class Facts(Section):
     """The smallest share that was held out by any training behind these weights, this one included; 0 where one
     held none out, None where it is not known (an import)."""
     trained_on: tuple[str, ...] = ()
-    """Keys of some images of every training behind these weights (`prg.images.held_out.kept_keys`)."""
+    """Keys of some images of every training behind these weights, this one included."""
     history: tuple[str, ...] = ()
     """The trainings that these weights began from, oldest first, a line each for people."""
     cross_validated: CrossValidated | None = None

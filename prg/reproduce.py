@@ -82,4 +82,4 @@ def measured(path: Path, directory: Path, name: str, images: Images) -> dict[str
 
 def _identity(directory: Path, images: Images) -> dict[str, Any]:
     entry = read_entry(directory)
-    return {"weights": entry.prg.versions[entry.default_version].sha256, "images": images.digest()}
+    return {"weights": entry.prg.versions[entry.default_version].sha256, "images": images.digest}

@@ -17,8 +17,6 @@ SALT = b"prg: held out?"
 LEAST = 10
 """Images held out, at least: fewer say nothing."""
 LARGEST_SHARE = 0.5
-KEPT = 64
-"""Keys of images trained on that a model keeps, by which they are known again elsewhere."""
 
 
 def key_of(content: bytes) -> int:
@@ -26,14 +24,17 @@ def key_of(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(SALT + content).digest()[:8])
 
 
-def kept_keys(images: Images) -> tuple[str, ...]:
-    """The KEPT smallest keys, 16 hex digits each: a sample that is the same for the same images."""
-    return tuple(f"{key:016x}" for key in np.sort(images.keys)[:KEPT])
+def hold_out(
+    images: Images, share: float, remedy: str = "", before: float | None = None
+) -> tuple[Images, Images]:
+    """(training, held out), each in the order of the keys.
 
-
-def hold_out(images: Images, share: float, remedy: str = "") -> tuple[Images, Images]:
-    """(training, held out), each in the order of the keys. Raises DataError as `is_held_out` does."""
+    before: the share that trainings before this one held out; what is held out of all must be enough too.
+    Raises DataError as `is_held_out` does.
+    """
     held = is_held_out(images, share, remedy)
+    if before and before < share:
+        is_held_out(images, before, "begin from a model that held out more, or add a test split")
     order = np.argsort(images.keys, kind="stable")
     return images.subset(order[~held[order]]), images.subset(order[held[order]])
 

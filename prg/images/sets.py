@@ -9,6 +9,9 @@ import numpy as np
 from prg.errors import DataError
 from prg.images.source import Source
 
+KEPT = 64
+"""Keys of images trained on that a model keeps, by which they are known again elsewhere."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -33,12 +36,17 @@ class Images:
         """The same images without their labels."""
         return replace(self, labels=None, classes=())
 
+    @property
     def digest(self) -> str:
-        """16 hex digits, different for other images, another order, and other labels."""
-        found = hashlib.sha256(self.keys.tobytes())
-        if self.labels is not None:
-            found.update(self.labels.tobytes())
-        return found.hexdigest()[:16]
+        """16 hex digits, different for other images and other labels, the same in another order."""
+        labels = [] if self.labels is None else [self.labels]
+        rows = np.sort(np.rec.fromarrays([self.keys, *labels]))
+        return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+
+    @property
+    def kept_keys(self) -> tuple[str, ...]:
+        """The KEPT smallest keys, 16 hex digits each: a sample that is the same for the same images."""
+        return tuple(f"{key:016x}" for key in np.sort(self.keys)[:KEPT])
 
 
 def sample(images: Images, limit: int | None, seed: int = 0) -> Images:

@@ -46,22 +46,19 @@ def finetune(run: Run, init: Path | None = None) -> None:
     model = build_classifier(net, recipe, len(images.classes))
     device = choose_device()
     if config.freeze:
-        # Whatever the order of the files: the run is the same after one was renamed.
-        images = images.subset(np.argsort(images.keys, kind="stable"))
         trained = not_begun(images, 1, "fp32", device)
         facts = run.first_facts("finetune", trained, images, start)
         processes.on_main_process(lambda: fit_head(run, model, images, facts, device))
         return
-    images, held_out = hold_out(images, recipe.data.validation)
+    before = start.held_out if start and run.evaluated == run.sources[0] else None
+    images, held_out = hold_out(images, recipe.data.validation, before=before)
     precision = training_precision(config.precision, device)
     announce(images, held_out)
     if config.compile:
         compile_network(net)
     trained = not_begun(images, steps_of(config, len(images)), precision, device)
-    facts = run.first_facts("finetune", trained, images, start)
-    run.check_held_out(facts)
     job = Job(
-        facts=facts,
+        facts=run.first_facts("finetune", trained, images, start),
         model=model,
         prepare=finetuning_batch(recipe, len(images.classes)),
         loss=finetuning_loss(recipe),

@@ -43,18 +43,20 @@ def fit_head(run: Run, model: Classifier, images: Images, facts: Facts, device: 
     if done:
         return
     assert images.labels is not None
+    # By key, so that the head is the same whatever the order of the files.
+    order = np.argsort(images.keys, kind="stable")
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     model = model.to(device).eval().requires_grad_(False)
     seen = views(config)
     cache = path.parent / f"features-{_digest(facts, images, seen)}.npy"
     if not cache.exists():
-        computed = compute(model, image.mean, image.std, images.pixels, seen, device)
+        computed = compute(model, image.mean, image.std, images.pixels[order], seen, device)
         with atomic_file(cache) as file:
             np.save(file, computed)
     features = torch.from_numpy(np.load(cache)).to(device)  # [V, N, D]
     standardise(model.head, features.flatten(0, 1))
-    labels = torch.from_numpy(images.labels).to(device)
+    labels = torch.from_numpy(images.labels[order]).to(device)
     x = model.head.classifier[0](features)
     found = cross_validate(x, labels, len(images.classes), config, run.recipe.seed)
     lines = (json.dumps({"step": step, **one.model_dump()}) + "\n" for step, one in enumerate(found, 1))
@@ -156,5 +158,5 @@ def _digest(facts: Facts, images: Images, seen: list[View]) -> str:
     """Of everything that the features depend on."""
     identity = facts.identity()
     parts = [identity[k] for k in ("network", "image", "encoder", "init")]
-    content = json.dumps([*parts, facts.recipe.finetune.head_input, seen, images.unlabelled().digest()])
+    content = json.dumps([*parts, facts.recipe.finetune.head_input, seen, images.unlabelled().digest])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -88,7 +88,8 @@ def not_begun(images: Images, steps: int, precision: Precision, device: torch.de
     name = device_name(device) + (f", {n} processes" if n > 1 else "")
     return Trained(
         images=len(images),
-        digest=images.digest(),
+        digest=images.digest,
+        keys=images.kept_keys,
         step=0,
         steps=steps,
         seconds=0.0,

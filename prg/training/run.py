@@ -9,7 +9,6 @@ from entry.files import write_atomically
 from prg.checkpoint import Facts, Stage, Trained, read_facts
 from prg.errors import DataError, RecipeError
 from prg.images.decoded import load_split
-from prg.images.held_out import is_held_out, kept_keys
 from prg.images.material import Material
 from prg.images.sets import Images, check_classes_were_seen
 from prg.images.source import Source, standard_name
@@ -125,13 +124,6 @@ class Run:
         if self.evaluated != train:
             self.load(found[self.evaluated])
 
-    def check_held_out(self, facts: Facts) -> None:
-        """Raise DataError, before any work, where what every training held out is needed and too little."""
-        train, found = self.sources
-        if self.evaluated == train and facts.held_out:
-            remedy = "begin from a model that held out more, or add a test split"
-            is_held_out(self.load(found[train]), facts.held_out, remedy)
-
     def first_facts(self, stage: Stage, trained: Trained, images: Images, start: Start | None) -> Facts:
         """Of a training on `images` that begins now; start: None for random weights, or where it goes on."""
         frozen = stage == "finetune" and self.recipe.finetune.freeze
@@ -144,7 +136,7 @@ class Run:
             classes=images.classes,
             init=start.sha256 if start else "",
             held_out=None if before is None else min(own, before),
-            trained_on=tuple(dict.fromkeys((*(start.trained_on if start else ()), *kept_keys(images)))),
+            trained_on=tuple(dict.fromkeys((*(start.trained_on if start else ()), *trained.keys))),
             history=start.history if start else (),
         )
 
