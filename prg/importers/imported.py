@@ -1,4 +1,8 @@
-"""What every import ends in: a run folder whose checkpoints the other commands take as their own."""
+"""What every import ends in: a run folder whose checkpoints the other commands take as their own.
+
+Networks of others are rewritten once, in their weights: time that runs the other way is a rotation of the first time
+layer and a sign of the last convolution. So no flag about the origin reaches training, export or serving.
+"""
 
 import pickle
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""A linear head on a frozen encoder: features once, the penalty by cross-validation, then one fit to all images."""
+"""A linear head on a frozen encoder: features once, the penalty by cross-validation, then one fit to all images.
+
+On features that are computed once a linear head is a convex problem: L-BFGS on all images needs no learning rate,
+schedule or number of epochs. Only the penalty is chosen, and no label is spent on holding out.
+"""
 
 import hashlib
 import json

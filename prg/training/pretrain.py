@@ -73,7 +73,10 @@ def pretrain(run: Run) -> None:
 
 
 def compile_network(net: UNet) -> None:
-    """torch.compile both ways through the network, in place, so that its weights keep their names."""
+    """torch.compile both ways through the network, in place, so that its weights keep their names.
+
+    Asked for by the recipe, not probed: whether a minute of compiling is worth it depends on the length of the run.
+    """
     net.compile(backend=BACKEND)
     net.activations = torch.compile(net.activations, backend=BACKEND)  # type: ignore[method-assign]
 

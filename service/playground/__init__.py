@@ -1,1 +1,1 @@
-"""The web page at /: plain HTML, CSS and ES modules, with no build step."""
+"""The web page at /: plain HTML, CSS and ES modules, no framework, no build step, nothing from other hosts."""
