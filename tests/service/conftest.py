@@ -1,8 +1,10 @@
 """A running application on a tiny entry, over each engine, without a network of its own."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -57,3 +59,14 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
 def client(start: Start) -> TestClient:
     """The service on one tiny entry."""
     return start()
+
+
+def engine_of(client: TestClient) -> Any:
+    return client.app.state.gateway.engine  # type: ignore[attr-defined]
+
+
+def eventually(check: Any, seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < until, "did not come true"
+        time.sleep(0.02)

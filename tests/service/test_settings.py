@@ -1,0 +1,58 @@
+"""Settings: refused by name, read from the environment."""
+
+from pathlib import Path
+
+import pytest
+
+from service.app import create_app, main
+from service.settings import Settings, SettingsError, load_settings, unknown_variables
+from tests.tiny import png, write_tiny_entry
+
+IMAGE = [("files", ("a.png", png()))]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PRG_ENGINE", "magic"),
+        ("PRG_PORT", "http"),
+        ("PRG_MAX_IMAGES", "0"),
+        ("PRG_MAX_BATCH", "100"),
+        ("PRG_REQUEST_TIMEOUT_S", "-1"),
+        ("PRG_MODEL_REPOSITORY", "/does/not/exist"),
+        ("PRG_MODELS", "tiny,other"),
+        ("PRG_MODELS", ","),
+        ("PRG_MODELS", ":1"),
+        ("PRG_DEFAULT_MODEL", "other"),
+    ],
+)
+def test_a_setting_that_can_not_be_used_is_refused_by_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+    value: str,
+) -> None:
+    write_tiny_entry(tmp_path)
+    monkeypatch.setenv("PRG_MODEL_REPOSITORY", str(tmp_path))
+    monkeypatch.setenv(variable, value)
+    assert main([]) == 2
+    assert variable in capsys.readouterr().err
+
+
+def test_variables_that_are_no_settings() -> None:
+    names = ["PRG_MAX_PIXEL", "prg_port", "PRG_MAX_IMAGES", "PRG_BANANA", "PRG_TEST_DATA", "PRG_KEY", "PATH"]
+    assert unknown_variables(names) == {"PRG_MAX_PIXEL": "PRG_MAX_PIXELS", "PRG_BANANA": None}
+
+
+def test_an_empty_repository_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no entry in it"):
+        create_app(Settings(model_repository=tmp_path))
+
+
+def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRG_MODELS", "a, b:1,b:2, c:1,c")
+    monkeypatch.setenv("PRG_CORS_ORIGINS", "http://x, http://y")
+    settings = load_settings()
+    assert settings.chosen_models == {"a": None, "b": frozenset({"1", "2"}), "c": None}
+    assert settings.cors_origins == ("http://x", "http://y")
