@@ -19,8 +19,6 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error that was explained, 130 after an interruption."""
     arguments = parser().parse_args(argv)
     try:
-        import httpx
-
         from entry.config import EntryError
         from prg.client import ServiceError
         from prg.errors import Interrupted, PrgError
@@ -29,9 +27,6 @@ def main(argv: list[str] | None = None) -> int:
             _run(arguments)
         except (PrgError, EntryError, ServiceError) as error:
             return _explain(str(error))
-        except httpx.TransportError as error:
-            where = f"no service answers at {error.request.url} ({error})"
-            return _explain(f"{where}; start one with prg-serve, or name another with --url")
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _explain(f"{where}{error.strerror or error}")

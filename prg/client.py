@@ -3,9 +3,10 @@
 import asyncio
 import base64
 import contextlib
+import io
 import os
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -13,17 +14,22 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 
 import httpx
 import numpy as np
+import PIL.Image
 
 from prg.errors import PrgError
 
-Image = str | Path | bytes
-"""A file's path, or its content."""
+Image = str | Path | bytes | np.ndarray | PIL.Image.Image
+"""A file's path, its content, pixels uint8 [H, W, 3], or what Pillow opened."""
+Images = Image | Iterable[Image]
 T = TypeVar("T")
+Http = TypeVar("Http", httpx.AsyncClient, httpx.Client)
 URL = "http://127.0.0.1:8000"
 REQUEST_IMAGES = 32
 REQUEST_BYTES = 24 << 20
 RETRIES = 6
 """How often a request is sent again that was refused for load, or met no server."""
+REFUSED_RETRIES = 3
+"""Where no server listens: 1.75 seconds in all."""
 LONGEST_WAIT_S = 60.0
 
 
@@ -33,6 +39,10 @@ class ServiceError(RuntimeError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
         self.status = status
+
+
+class NoServiceError(PrgError):
+    """No service answers at the address."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +98,13 @@ class ClassifyOptions(TypedDict, total=False):
 class AsyncClient:
     """Calls a service; waits and tries again where it is asked to (Retry-After) or meets no server.
 
-    Images may be any number: they travel in several requests. Raises ServiceError for an answer that is an
-    error, PrgError for a url that is none, httpx.TransportError where no server answers, OSError for a file that
-    can't be read.
+    Images may be any number: they travel in several requests. A file that can't be read is an error of its row.
+    Proxies of the environment are used, but not for this machine. Raises ServiceError for an answer that is an error,
+    NoServiceError where no service answers, PrgError for a url or a proxy that can't be used.
     """
 
     def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
-        self._http = httpx.AsyncClient(base_url=_address(url), headers=_headers(key), timeout=timeout_s)
+        self._http = _connected(httpx.AsyncClient, url, key, timeout_s)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -102,7 +112,7 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def embed(self, images: Iterable[Image], **options: Unpack[EmbedOptions]) -> Embeddings:
+    async def embed(self, images: Images, **options: Unpack[EmbedOptions]) -> Embeddings:
         """Embeddings of images."""
         facts, items = await self._post("/embed", images, {**options, "encoding_format": "base64"})
         t_end, dim = options.get("t_end"), facts["dim"]
@@ -115,7 +125,7 @@ class AsyncClient:
                 vectors[row] = [_decoded(level["embedding"]) for level in item["embeddings"]]
         return Embeddings(vectors, _errors(items), facts["model"], facts["fingerprint"])
 
-    async def classify(self, images: Iterable[Image], **options: Unpack[ClassifyOptions]) -> Classes:
+    async def classify(self, images: Images, **options: Unpack[ClassifyOptions]) -> Classes:
         """Classes of images."""
         facts, items = await self._post("/classify", images, {**options})
         predictions = [[Prediction(**p) for p in item.get("predictions", ())] for item in items]
@@ -126,13 +136,14 @@ class AsyncClient:
         return _read(await self._request("GET", "/models"))
 
     async def _post(
-        self, path: str, images: Iterable[Image], options: Mapping[str, Any]
+        self, path: str, images: Images, options: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(an answer, the items of all) of as many requests as the images need, all of the same weights."""
         facts: dict[str, Any] | None = None
         items: list[dict[str, Any]] = []
         refused: ServiceError | None = None
-        for files in _portions(images):
+        unreadable: dict[int, str] = {}
+        for files in _portions(images, unreadable):
             try:
                 answer = _read(await self._request("POST", path, files=files, data=options))
             except ServiceError as error:
@@ -149,18 +160,30 @@ class AsyncClient:
             raise refused
         if not facts:
             raise ValueError("no images")
+        for row, reason in unreadable.items():
+            items[row] = {"error": {"detail": reason}}
         return facts, items
 
     async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
         """The answer to one request, asked again where that makes sense."""
-        for attempt in range(RETRIES):
-            response = None
-            with contextlib.suppress(httpx.TransportError):
+        for attempt in range(RETRIES + 1):
+            response, failure, last = None, None, attempt == RETRIES
+            try:
                 response = await self._send(method, path, **content)
-                if response.status_code not in (429, 503):
-                    return response
+                last = last or response.status_code not in (429, 503)
+            except httpx.TransportError as error:
+                failure = error
+                last = last or (isinstance(error, httpx.ConnectError) and attempt == REFUSED_RETRIES)
+            if last:
+                break
             await self._sleep(_wait_s(response, attempt))
-        return await self._send(method, path, **content)
+        if response is None:
+            assert failure is not None
+            raise NoServiceError(
+                f"no service answers at {failure.request.url} ({failure}); start one with prg-serve, or name another "
+                "address"
+            ) from failure
+        return response
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         return await self._http.request(method, path, **content)
@@ -173,7 +196,7 @@ class _Blocking(AsyncClient):
     """Waits by blocking its thread, so that its coroutines never give control away."""
 
     def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
-        self._blocking = httpx.Client(base_url=_address(url), headers=_headers(key), timeout=timeout_s)
+        self._blocking = _connected(httpx.Client, url, key, timeout_s)
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         return self._blocking.request(method, path, **content)
@@ -198,11 +221,11 @@ class Client:
         """Close the connections."""
         self._client._blocking.close()
 
-    def embed(self, images: Iterable[Image], **options: Unpack[EmbedOptions]) -> Embeddings:
+    def embed(self, images: Images, **options: Unpack[EmbedOptions]) -> Embeddings:
         """Embeddings of images."""
         return _now(self._client.embed(images, **options))
 
-    def classify(self, images: Iterable[Image], **options: Unpack[ClassifyOptions]) -> Classes:
+    def classify(self, images: Images, **options: Unpack[ClassifyOptions]) -> Classes:
         """Classes of images."""
         return _now(self._client.classify(images, **options))
 
@@ -220,12 +243,21 @@ def _now(work: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("a blocking client waited")
 
 
-def _address(url: str) -> httpx.URL:
-    with contextlib.suppress(httpx.InvalidURL):
-        address = httpx.URL(url)
-        if address.scheme in ("http", "https") and address.host:
-            return address
-    raise PrgError(f"{url!r} is no address of a service; one is {URL}")
+def _connected(kind: Callable[..., Http], url: str, key: str | None, timeout_s: float) -> Http:
+    """An HTTP client of that kind. Raises PrgError."""
+    try:
+        address = httpx.URL(url.strip())
+    except httpx.InvalidURL:
+        address = httpx.URL()
+    if address.scheme not in ("http", "https") or not address.host:
+        raise PrgError(f"{url!r} is no address of a service; one is {URL}")
+    here = address.host in ("localhost", "::1") or address.host.startswith("127.")
+    try:
+        return kind(base_url=address, headers=_headers(key), timeout=timeout_s, trust_env=not here)
+    except (ImportError, ValueError) as error:
+        raise PrgError(
+            f"a proxy of the environment can't be used ({error}); unset it, or add {address.host} to NO_PROXY"
+        ) from None
 
 
 def _headers(key: str | None) -> dict[str, str]:
@@ -255,13 +287,15 @@ def _wait_s(response: httpx.Response | None, attempt: int) -> float:
     return min(seconds, LONGEST_WAIT_S)
 
 
-def _portions(images: Iterable[Image]) -> Iterator[list[tuple[str, tuple[str, bytes]]]]:
+def _portions(images: Images, unreadable: dict[int, str]) -> Iterator[list[tuple[str, tuple[str, bytes]]]]:
+    """Files of one request each. One that can't be read travels empty, and its reason goes to `unreadable`."""
     files: list[tuple[str, tuple[str, bytes]]] = []
     size = 0
-    for image in images:
-        name, content = (
-            ("image", image) if isinstance(image, bytes) else (_name(Path(image)), Path(image).read_bytes())
-        )
+    for row, image in enumerate([images] if isinstance(images, Image) else images):
+        try:
+            name, content = _file(image)
+        except OSError as error:
+            name, content, unreadable[row] = "unreadable", b"", str(error)
         if files and (len(files) == REQUEST_IMAGES or size + len(content) > REQUEST_BYTES):
             yield files
             files, size = [], 0
@@ -269,6 +303,18 @@ def _portions(images: Iterable[Image]) -> Iterator[list[tuple[str, tuple[str, by
         size += len(content)
     if files:
         yield files
+
+
+def _file(image: Image) -> tuple[str, bytes]:
+    """(name, content) of one image. Raises OSError."""
+    if isinstance(image, bytes):
+        return "image", image
+    if isinstance(image, str | Path):
+        return _name(Path(image)), Path(image).read_bytes()
+    picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "image.png", file.getvalue()
 
 
 def _name(path: Path) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from service.engines.contract import Engine
 from service.engines.embedded import EmbeddedEngine
 from service.engines.triton import TritonEngine
 from service.gateway import Gateway
-from service.limits import BodyLimit
+from service.limits import BodyLimit, HeadAsGet
 from service.routes import classify, embed, models, openai, operations, pages
 from service.settings import Settings, SettingsError, load_settings, unknown_variables
 from service.telemetry import Metrics, Telemetry, configure_logs, log
@@ -66,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     for module in (embed, classify, openai, models, operations, pages):
         app.include_router(module.router)
     openapi.install(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(
@@ -93,6 +95,10 @@ def check_repository(settings: Settings) -> None:
     """
     if settings.engine != "embedded":
         return
+    if importlib.util.find_spec("torch") is None:
+        raise SettingsError(
+            "PRG_ENGINE=embedded: torch is not installed; pip install 'prg-service[embedded]', or say PRG_ENGINE=triton"
+        )
     repository = settings.model_repository
     if not repository.is_dir():
         raise SettingsError(f"PRG_MODEL_REPOSITORY={repository}: no such folder")
@@ -132,16 +138,18 @@ def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
 
     async def reload() -> None:
         log.info("reloading")
+        # One that fails leaves what there was, and does not keep the other from being read.
+        failures = []
         try:
             gateway.keys.reload()
-        # The old keys stay, and the models are still read again.
         except SettingsError as error:
-            log.error("reload failed", reason=str(error))
+            failures.append(str(error))
         try:
             await gateway.engine.rescan()
-        # Serving goes on with what there was.
         except Exception as error:
-            log.error("reload failed", reason=str(error))
+            failures.append(str(error))
+        if failures:
+            log.error("reload failed", reason="; ".join(failures), models=gateway.states())
         else:
             log.info("reloaded", models=gateway.states())
 
@@ -162,9 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.new_key.strip() or not arguments.new_key.isprintable():
             parser.error("--new-key needs a name of printable characters")
         key, row = new_key(arguments.new_key)
-        print(
-            f"# Give this key to its user; it is kept nowhere:\n# {key}\n# and add this to PRG_API_KEYS_FILE:\n{row}"
-        )
+        # The row alone on stdout, so that `>> keys.toml` does not store the key.
+        print(f"Give this key to its user; it is kept nowhere:\n{key}", file=sys.stderr)
+        print("and add this to the file that PRG_API_KEYS_FILE names:", file=sys.stderr)
+        print(row)
         return 0
     try:
         settings = load_settings()
@@ -175,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     configure_logs()
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    address = f"http://{settings.host}:{settings.port}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{settings.port}"
     for variable, meant in unknown_variables(os.environ).items():
         log.warning("unknown setting", variable=variable, reason="it changes nothing", perhaps_meant=meant)
     models = ", ".join(settings.triton_url) if settings.engine == "triton" else settings.model_repository

@@ -30,6 +30,9 @@ NOT_FOUND = ProblemType("Not found", 404, "there is no such path, or no such mod
 METHOD_NOT_ALLOWED = ProblemType("Method not allowed", 405, "the path does not take this method")
 BODY_TOO_LARGE = ProblemType("Body too large", 413, "the body of the request is too large")
 CONTENT_TYPE_NOT_ACCEPTED = ProblemType("Content type not accepted", 415, "the Content-Type is not accepted")
+CONTENT_ENCODING_NOT_ACCEPTED = ProblemType(
+    "Content encoding not accepted", 415, "the body is compressed: it has a Content-Encoding"
+)
 NO_IMAGE = ProblemType("No image", 422, "the request has no image")
 TOO_MANY_IMAGES = ProblemType(
     "Too many images", 422, "more images than a request, the queue or the key allows"

@@ -2,8 +2,7 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -12,11 +11,10 @@ from urllib.parse import unquote
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
 from service import errors
 from service.errors import Problem, image_error
+from service.multipart import MultipartError, TooManyPartsError, parse_multipart
 from service.schemas import Options
 from service.settings import Settings
 
@@ -37,6 +35,9 @@ FORMS = (
     'image/* type, or JSON {"inputs": [{"b64": "…"}]}'
 )
 
+MOST_FIELDS = 100
+"""Fields of a form beside its files."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -47,11 +48,8 @@ class Given:
     place: str
 
 
-@asynccontextmanager
-async def read_request(
-    request: Request, options: type[Kind], settings: Settings
-) -> AsyncIterator[tuple[list[Item], Kind]]:
-    """Images and options of a POST. Uploaded files stay readable as long as the context lasts.
+async def read_request(request: Request, options: type[Kind], settings: Settings) -> tuple[list[Item], Kind]:
+    """Images and options of a POST.
 
     Raises Problem: 415 for another content type, 422 for a body that does not parse, no image, too many, or
     an option that can't be used.
@@ -59,19 +57,21 @@ async def read_request(
     query = Given(list(request.query_params.multi_items()), True, "the query")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        async with _form(request, settings.max_images) as (items, given):
-            yield items, parse_options(options, [query, given])
-    elif kind == "application/json":
+        content_type = request.headers["content-type"]
+        items, given = await run_in_threadpool(
+            _parse_form, await request.body(), content_type, settings.max_images
+        )
+        return items, parse_options(options, [query, given])
+    if kind == "application/json":
         items, given = await run_in_threadpool(_parse_json, await request.body(), settings)
-        yield items, parse_options(options, [query, given])
-    elif kind.startswith("image/"):
+        return items, parse_options(options, [query, given])
+    if kind.startswith("image/"):
         body = await request.body()
-        yield [lambda: body], parse_options(options, [query])
-    elif not kind and not await request.body():
+        return [lambda: body], parse_options(options, [query])
+    if not kind and not await request.body():
         raise _no_image()
-    else:
-        reason = f"{kind[:80]!r} is not accepted" if kind else "the body has no Content-Type"
-        raise Problem(errors.CONTENT_TYPE_NOT_ACCEPTED, f"{reason}; {FORMS}")
+    reason = f"{kind[:80]!r} is not accepted" if kind else "the body has no Content-Type"
+    raise Problem(errors.CONTENT_TYPE_NOT_ACCEPTED, f"{reason}; {FORMS}")
 
 
 def parse_options(kind: type[Kind], given: Iterable[Given]) -> Kind:
@@ -108,32 +108,33 @@ def _parse(kind: type[Kind], name: str, value: object, text: bool) -> object:
         raise Problem(errors.WRONG_OPTION, f"{name} is {found}, must be {must}") from None
 
 
-@asynccontextmanager
-async def _form(request: Request, max_images: int) -> AsyncIterator[tuple[list[Item], Given]]:
+def _parse_form(body: bytes, content_type: str, max_images: int) -> tuple[list[Item], Given]:
     try:
-        form = await request.form(max_files=max_images, max_fields=100)
-    except HTTPException as error:
-        if "Too many files" in error.detail:
-            raise _too_many(max_images) from None
-        raise Problem(errors.MALFORMED_BODY, f"the multipart body does not parse: {error.detail}") from None
-    except (UnicodeError, LookupError) as error:
-        raise Problem(errors.MALFORMED_BODY, f"the multipart body has a strange charset: {error}") from None
+        parts = [(part.name, part) for part in parse_multipart(body, content_type, max_images + MOST_FIELDS)]
+    except TooManyPartsError:
+        raise _too_many(max_images) from None
+    except MultipartError as error:
+        raise Problem(errors.MALFORMED_BODY, f"the multipart body does not parse: {error}") from None
+    items: list[Item] = []
+    pairs: list[tuple[str, Any]] = []
+    for name, part in parts:
+        if name == "files" and not part.is_text:
+            items.append(partial(bytes, part.content))
+        elif name == "files":
+            raise Problem(errors.NO_IMAGE, "`files` came as text; send files (curl -F files=@photo.jpg)")
+        elif not part.is_text and b"filename" in part.options():
+            raise Problem(errors.UNKNOWN_FIELD, f"a file came as {name[:80]!r}; send files as `files`")
+        else:
+            pairs.append((name, _text(name, part.content)))
+    _check_count(items, max_images)
+    return items, Given(pairs, True, "the form")
+
+
+def _text(name: str, content: bytes) -> str:
     try:
-        items: list[Item] = []
-        pairs: list[tuple[str, Any]] = []
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile) and name == "files":
-                items.append(value.file.read)
-            elif isinstance(value, UploadFile):
-                raise Problem(errors.UNKNOWN_FIELD, f"a file came as {name[:80]!r}; send files as `files`")
-            elif name == "files":
-                raise Problem(errors.NO_IMAGE, "`files` came as text; send files (curl -F files=@photo.jpg)")
-            else:
-                pairs.append((name, value))
-        _check_count(items, max_images)
-        yield items, Given(pairs, True, "the form")
-    finally:
-        await form.close()
+        return content.decode()
+    except UnicodeDecodeError:
+        raise Problem(errors.MALFORMED_BODY, f"the field {name[:80]!r} is no text in UTF-8") from None
 
 
 def _parse_json(body: bytes, settings: Settings) -> tuple[list[Item], Given]:
@@ -180,6 +181,8 @@ def _item(entry: object, where: str, max_bytes: int) -> Item:
 
 def read_base64(text: str, max_bytes: int) -> bytes:
     """An image as base64 text, with or without line breaks and padding. Raises ImageError."""
+    if text[:5].lower() == "data:":
+        raise image_error(errors.NOT_BASE64, 'this is a data URI; send it as {"data_uri": "data:image/…"}')
     # Known to be too large before it is decoded; line breaks may be up to half of it.
     if len(text) * 3 // 4 > 2 * max_bytes:
         raise image_error(errors.IMAGE_TOO_LARGE, f"at most {max_bytes:,} bytes are taken")

@@ -10,7 +10,14 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BODY_TOO_LARGE, DEADLINE_EXCEEDED, WRONG_HEADER, Problem, unavailable
+from service.errors import (
+    BODY_TOO_LARGE,
+    CONTENT_ENCODING_NOT_ACCEPTED,
+    DEADLINE_EXCEEDED,
+    WRONG_HEADER,
+    Problem,
+    unavailable,
+)
 from service.schemas import Priority
 
 T = TypeVar("T")
@@ -23,7 +30,7 @@ class HungUp(Exception):
 
 
 class BodyLimit:
-    """ASGI layer that counts body bytes as they arrive, before anything parses them.
+    """ASGI layer that counts body bytes as they arrive, before anything parses them; a compressed body is a 415.
 
     A body over `max_bytes` is a 413, by its Content-Length before a byte is read. Bodies that are read at
     the same time may hold `HELD_BODIES` times that; more are a 503.
@@ -42,8 +49,13 @@ class BodyLimit:
         announced = int(length) if length.isdigit() else 0
         own = 0
 
+        encoding = dict(scope["headers"]).get(b"content-encoding", b"identity").decode("latin-1")
+
         async def counted() -> Message:
             nonlocal own
+            if encoding.strip().lower() not in ("", "identity"):
+                detail = f"Content-Encoding is {encoding[:40]!r}; send the body as it is, uncompressed"
+                raise Problem(CONTENT_ENCODING_NOT_ACCEPTED, detail, headers={"Connection": "close"})
             if announced > self.max_bytes:
                 raise self._too_large()
             message = await receive()
@@ -65,6 +77,20 @@ class BodyLimit:
         detail = f"a request may have {self.max_bytes:,} bytes; send fewer images in each"
         # The connection is closed because the rest of the body is not read.
         return Problem(BODY_TOO_LARGE, detail, headers={"Connection": "close"})
+
+
+class HeadAsGet:
+    """ASGI layer that answers HEAD as GET, for balancers and monitors; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        inner = {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
+        try:
+            await self.app(inner, receive, send)
+        finally:
+            scope["route"] = inner.get("route")
 
 
 @asynccontextmanager

@@ -62,6 +62,7 @@ MODEL = schemas.ModelInfo(
     accuracy=[Accuracy(data="cifar10/test", images=10000, top1=0.9482, top5=0.9949)],
 )
 FAILED = schemas.ModelInfo(name="broken", state="failed", reason="1/model.pt: No such file or directory")
+OPENAI_MODELS = schemas.OpenAIModels(data=[schemas.OpenAIModel(id="prg-cifar10")])
 MODELS = schemas.ModelList(default="prg-cifar10", data=[MODEL, FAILED])
 METRICS: Responses = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}, "example": "prg_ready 1.0\n"}}}
@@ -156,11 +157,13 @@ def posted_openai() -> dict[str, Any]:
 
 
 def install(app: FastAPI) -> None:
-    """Say in the application's OpenAPI how a key travels."""
+    """Say in the application's OpenAPI where it is, and how a key travels."""
     plain = app.openapi
 
     def with_keys() -> dict[str, Any]:
         document = plain()
+        # Beside this document, also behind a proxy that adds a prefix.
+        document["servers"] = [{"url": "."}]
         document["components"]["securitySchemes"] = {
             "key": {"type": "http", "scheme": "bearer", "description": "only where the service has keys"}
         }

@@ -109,6 +109,22 @@ class EmbeddingsAnswer(BaseModel):
     usage: dict[str, int]
 
 
+class OpenAIModel(BaseModel):
+    """A model that is ready, as OpenAI's clients list it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "prg"
+
+
+class OpenAIModels(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
 class Usage(BaseModel):
     """How many images came, and how many of them have an error instead of a result."""
 

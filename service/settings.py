@@ -1,9 +1,11 @@
 """Settings by environment variables, checked before anything starts."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -70,6 +72,21 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return _parts(value) if isinstance(value, str) else value
 
+    @field_validator("port", mode="before")
+    @classmethod
+    def _no_service_link(cls, value: object) -> object:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                "Kubernetes sets it in every pod beside a Service called prg; put enableServiceLinks: false into the "
+                "pod's spec, or give the Service another name"
+            )
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return value if value == ("*",) else tuple(map(_origin, value))
+
     @field_validator("triton_url")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -126,6 +143,27 @@ def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
             close = difflib.get_close_matches(own, known, 1)
             found[name] = f"PRG_{close[0]}" if close else None
     return found
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it (RFC 6454): scheme://host, with :port where that is not the scheme's own.
+
+    Raises ValueError for what no browser ever sends.
+    """
+    try:
+        url = urlsplit(text.strip().lower())
+        port = url.port
+    except ValueError:
+        raise ValueError(f"{text!r} is no origin such as https://app.example") from None
+    good = url.scheme in ("http", "https") and url.hostname and re.fullmatch(r"[\w.:-]+", url.hostname)
+    if not good or url.path not in ("", "/") or url.query or url.fragment or "@" in url.netloc:
+        raise ValueError(
+            f"{text!r} is no origin; one is scheme://host, such as https://app.example, or * alone for all"
+        )
+    host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
+    return f"{url.scheme}://{host}" + (
+        f":{port}" if port not in (None, {"http": 80, "https": 443}[url.scheme]) else ""
+    )
 
 
 def _parts(text: str) -> tuple[str, ...]:

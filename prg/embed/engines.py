@@ -1,6 +1,5 @@
 """What computes embeddings: an entry in this process, or a running service."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,18 +109,8 @@ class Remote:
 
     def embed(self, files: list[Path]) -> Rows:
         """Embeddings of these files."""
-        errors: dict[int, str] = {}
-
-        def contents() -> Iterator[bytes]:  # one after the other: a portion of photos would fill the memory
-            for i, file in enumerate(files):
-                try:
-                    yield file.read_bytes()
-                except OSError as error:
-                    errors[i] = str(error)
-                    yield b""
-
-        found = self._client.embed(contents(), **self._options)
-        return Rows(found.vectors, found.errors | errors, found.fingerprint)
+        found = self._client.embed(files, **self._options)
+        return Rows(found.vectors, found.errors, found.fingerprint)
 
     def close(self) -> None:
         """Close the connections."""

@@ -28,10 +28,8 @@ async def classify(request: Request, key: InferKey) -> Response:
     """The most probable classes of each image."""
     gateway = gateway_of(request)
     settings = gateway.settings
-    async with (
-        deadline(request, settings.request_timeout_s) as due,
-        read_request(request, ClassifyOptions, settings) as (items, options),
-    ):
+    async with deadline(request, settings.request_timeout_s) as due:
+        items, options = await read_request(request, ClassifyOptions, settings)
         chosen = gateway.choose(options.model, options.model_version)
         prg = chosen.entry.prg
         if prg.labels is None or prg.classify_t_end is None:

@@ -35,10 +35,8 @@ async def embed(request: Request, key: InferKey) -> Response:
     """
     gateway = gateway_of(request)
     settings = gateway.settings
-    async with (
-        deadline(request, settings.request_timeout_s) as due,
-        read_request(request, EmbedOptions, settings) as (items, options),
-    ):
+    async with deadline(request, settings.request_timeout_s) as due:
+        items, options = await read_request(request, EmbedOptions, settings)
         chosen = gateway.choose(options.model, options.model_version)
         prg = chosen.entry.prg
         feature = options.feature or prg.feature

@@ -10,9 +10,9 @@ from service.auth import InferKey
 from service.errors import MALFORMED_BODY, NO_USABLE_IMAGE, WRONG_OPTION, Problem
 from service.intake import Item, read_base64, read_data_uri
 from service.limits import deadline
-from service.openapi import OPENAI, OPENAI_PROBLEMS, answers, posted_openai, problems
+from service.openapi import KEYED, OPENAI, OPENAI_MODELS, OPENAI_PROBLEMS, answers, posted_openai, problems
 from service.routes.answers import as_json, encode_vector, gateway_of
-from service.schemas import EmbeddingsAnswer, EmbeddingsRequest
+from service.schemas import EmbeddingsAnswer, EmbeddingsRequest, OpenAIModel, OpenAIModels
 
 router = APIRouter()
 
@@ -53,6 +53,18 @@ async def embeddings(request: Request, key: InferKey) -> Response:
     ]
     usage = {"prompt_tokens": 0, "total_tokens": 0}
     return as_json({"object": "list", "model": chosen.entry.name, "data": data, "usage": usage})
+
+
+@router.get(
+    "/v1/models",
+    summary="Models that are ready, OpenAI style",
+    response_model=OpenAIModels,
+    responses=answers(OPENAI_MODELS) | problems(*KEYED, openai=True),
+)
+async def models(request: Request, _: InferKey) -> OpenAIModels:
+    """What the `openai` package's `client.models.list` calls. More is said of each by /models."""
+    statuses = gateway_of(request).engine.models().values()
+    return OpenAIModels(data=[OpenAIModel(id=status.name) for status in statuses if status.ready])
 
 
 def _parse(body: bytes) -> EmbeddingsRequest:

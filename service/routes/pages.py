@@ -22,16 +22,15 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-READ = ["GET", "HEAD"]
 
 
-@router.api_route("/", methods=READ)
+@router.get("/")
 async def playground(request: Request) -> Response:
     """The page to try the models with."""
     return await _file(request, "playground", "index.html")
 
 
-@router.api_route("/docs", methods=READ)
+@router.get("/docs")
 async def docs(request: Request) -> Response:
     """The OpenAPI page. Swagger UI sets inline styles, which its policy allows it."""
     response = await _file(request, "swagger", "index.html")
@@ -39,13 +38,13 @@ async def docs(request: Request) -> Response:
     return response
 
 
-@router.api_route("/playground/{path:path}", methods=READ)
+@router.get("/playground/{path:path}")
 async def playground_file(request: Request, path: str) -> Response:
     """A file of the playground."""
     return await _file(request, "playground", path)
 
 
-@router.api_route("/swagger/{path:path}", methods=READ)
+@router.get("/swagger/{path:path}")
 async def swagger_file(request: Request, path: str) -> Response:
     """A file of Swagger UI."""
     return await _file(request, "swagger", path)

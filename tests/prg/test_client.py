@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from prg import client as module
-from prg.client import AsyncClient, Client, ServiceError
+from prg.client import AsyncClient, Client, NoServiceError, ServiceError
 from prg.errors import PrgError
 from service.app import create_app
 from service.settings import Settings
@@ -175,9 +176,32 @@ def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = scripted(monkeypatch, *[(503, {})] * 7)
     with pytest.raises(ServiceError, match="503: no"):
         found.models()
-    found, _ = scripted(monkeypatch, *[httpx.ConnectError("refused")] * 7)
-    with pytest.raises(httpx.ConnectError):
+    found, script = scripted(monkeypatch, *[httpx.ConnectError("refused")] * 7)
+    with pytest.raises(NoServiceError, match="http://service/models"):
         found.models()
+    assert sum(script.waited) < 2
+
+
+def test_proxies_are_not_for_this_machine(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = str(client._client._blocking.base_url)
+    for name in ("ALL_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    with Client(f" {address} ") as found:
+        assert found.models()["default"] == "tiny"
+    with pytest.raises(PrgError, match="add elsewhere to NO_PROXY"):
+        Client("http://elsewhere")
+
+
+def test_one_image_in_each_form(client: Client, tmp_path: Path) -> None:
+    path, pixels = tmp_path / "a.png", np.full((32, 32, 3), (255, 0, 0), np.uint8)
+    path.write_bytes(RED)
+    one = client.embed(path).vectors
+    assert one.shape == (1, 4)
+    for image in (str(path), RED, pixels, Image.fromarray(pixels)):
+        assert np.allclose(client.embed(image).vectors, one, atol=1e-5)
+    found = client.embed([RED, tmp_path / "missing.png", BLUE])
+    assert np.isnan(found.vectors).all(1).tolist() == [False, True, False]
+    assert "missing.png" in found.errors[1]
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 504])

@@ -1,5 +1,6 @@
 """API keys: who may do what, and how much."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -122,11 +123,14 @@ def test_reload_keeps_the_old_keys_where_the_file_is_bad(keys: tuple[Path, str, 
 
 def test_new_key_prints_a_row_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--new-key", 'the "best" café']) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr()
     path = tmp_path / "keys.toml"
-    path.write_text(printed)
-    assert [key.name for key in read_keys(path)] == ['the "best" café']
-    assert "prg_" in printed
+    path.write_text(printed.out)
+    [found] = read_keys(path)
+    assert found.name == 'the "best" café'
+    [key] = [line for line in printed.err.splitlines() if line.startswith("prg_")]
+    assert hashlib.sha256(key.encode()).hexdigest() == found.sha256
+    assert key not in printed.out
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\x7fb", "two\nlines"])

@@ -396,3 +396,21 @@ def test_accept_is_weighed(accept: str, npy: bool) -> None:
 def test_a_slash_too_many_is_nothing_here(client: TestClient) -> None:
     answer = client.post("/embed/", files=[("files", ("a.png", png()))], follow_redirects=False)
     assert (answer.status_code, answer.json()["title"]) == (404, "Not found")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "image/png", "multipart/form-data; boundary=B"])
+def test_a_compressed_body_is_refused_by_name(client: TestClient, kind: str) -> None:
+    headers = {"content-type": kind, "content-encoding": "gzip"}
+    assert "Content-Encoding" in problem(client.post("/embed", content=b"x", headers=headers), 415)
+    plain = client.post(
+        "/embed", content=png(), headers={"content-type": "image/png", "content-encoding": "Identity"}
+    )
+    assert plain.status_code == 200
+
+
+def test_a_data_uri_in_the_wrong_place_is_told_apart(client: TestClient) -> None:
+    uri = "data:image/png;base64," + base64.b64encode(png()).decode()
+    answer = client.post("/embed", json={"inputs": [{"b64": uri}, {"data_uri": uri}]})
+    first, second = answer.json()["data"]
+    assert "data_uri" in first["error"]["detail"]
+    assert "embedding" in second

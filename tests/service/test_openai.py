@@ -43,6 +43,7 @@ def test_the_openai_package(served: tuple[str, str]) -> None:
     with openai.OpenAI(base_url=address, api_key=key, max_retries=0) as client:
         answer = client.embeddings.create(model="tiny", input=[uri(png()), encoded(png((0, 0, 255)))])
         assert answer.model == "tiny"
+        assert [model.id for model in client.models.list()] == ["tiny"]
         assert [item.index for item in answer.data] == [0, 1]
         assert answer.data[0].embedding == pytest.approx(RED)
         assert answer.data[1].embedding == pytest.approx([0, 0, 1, 0.8])

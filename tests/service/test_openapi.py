@@ -99,6 +99,7 @@ def test_errors_of_every_route_are_documented(spec: dict[str, Any]) -> None:
         "get /models/{name}": keyed | {"404"},
         "post /embed": keyed | {"413", "415", "422", "429", "503", "504"},
         "post /classify": keyed | {"413", "415", "422", "429", "503", "504"},
+        "get /v1/models": keyed,
         "post /v1/embeddings": keyed | {"400", "404", "429", "503", "504"},
     }
     assert {route: set(o["responses"]) - {"200"} for route, o in operations(spec)} == expected
@@ -223,6 +224,7 @@ OPENAI_WRONG: dict[str, dict[str, Any]] = {
     "Wrong option": {"dimensions": 3},
     "Unknown model": {"model": "other"},
     "Wrong header": {},
+    "Content encoding not accepted": {},
     "Too many images": {"input": [base64.b64encode(png()).decode()] * 2},
     "No usable image": {"input": "iVBORw0KGgo="},
 }
@@ -255,7 +257,11 @@ def test_every_mistake_of_the_openai_route_is_answered_so(
     for title, wrong in OPENAI_WRONG.items():
         client = run(**{"max_body_bytes": 10} if title == "Body too large" else {"api_keys_file": file})
         body = {"model": "prg-cifar10", "input": base64.b64encode(png()).decode()} | wrong
-        headers = key | ({"Priority": "high"} if title == "Wrong header" else {})
+        sent = {
+            "Wrong header": {"Priority": "high"},
+            "Content encoding not accepted": {"Content-Encoding": "gzip"},
+        }
+        headers = key | sent.get(title, {})
         answer = client.post(path, json=body, headers=headers)
         responses = spec["paths"][path]["post"]["responses"]
         listed = responses[str(answer.status_code)]["content"]["application/json"]["examples"]
@@ -271,7 +277,7 @@ def test_every_error_on_the_page_is_a_row_of_the_table_and_says_when(spec: dict[
                 continue
             for title, example in media["examples"].items():
                 body = example["value"]
-                said = body["error"]["message"] if route.endswith("/v1/embeddings") else body["detail"]
+                said = body["error"]["message"] if "/v1/" in route else body["detail"]
                 assert said == when[title]
                 seen.add(title)
     of_requests = {row.title for row in PROBLEMS if row.of == "request"}

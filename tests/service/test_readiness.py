@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import numpy as np
+import pytest
 from fastapi.testclient import TestClient
 
 from service.engines.contract import EngineOverloaded, EngineUnavailable, Job, ModelStatus
@@ -90,3 +91,11 @@ def test_the_metric_of_readiness_is_what_readiness_says_at_that_moment(client: T
     client.app.state.gateway.readiness.stopping = True  # type: ignore[attr-defined]
     assert client.get("/health/ready").status_code == 503
     assert "prg_ready 0.0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/health/live", "/models", "/models/tiny", "/v1/models", "/metrics"]
+)
+def test_head_answers_where_get_does(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == client.get(path).status_code == 200
+    assert client.head("/embed").status_code == 405

@@ -24,6 +24,14 @@ IMAGE = [("files", ("a.png", png()))]
         ("PRG_MODELS", ","),
         ("PRG_MODELS", ":1"),
         ("PRG_DEFAULT_MODEL", "other"),
+        ("PRG_PORT", "tcp://10.96.14.7:8000"),
+        ("PRG_CORS_ORIGINS", "app.example"),
+        ("PRG_CORS_ORIGINS", "https://*.example.com"),
+        ("PRG_CORS_ORIGINS", "https://app.example/page"),
+        ("PRG_CORS_ORIGINS", "https://app.example,*"),
+        ("PRG_CORS_ORIGINS", '["https://app.example"]'),
+        ("PRG_CORS_ORIGINS", "https://user@app.example"),
+        ("PRG_CORS_ORIGINS", "https://app.example:port"),
     ],
 )
 def test_a_setting_that_can_not_be_used_is_refused_by_name(
@@ -52,7 +60,7 @@ def test_an_empty_repository_is_refused(tmp_path: Path) -> None:
 
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRG_MODELS", "a, b:1,b:2, c:1,c")
-    monkeypatch.setenv("PRG_CORS_ORIGINS", "http://x, http://y")
+    monkeypatch.setenv("PRG_CORS_ORIGINS", "http://x:80/, HTTP://Y, https://z:8443,http://[::1]:3000")
     settings = load_settings()
     assert settings.chosen_models == {"a": None, "b": frozenset({"1", "2"}), "c": None}
-    assert settings.cors_origins == ("http://x", "http://y")
+    assert settings.cors_origins == ("http://x", "http://y", "https://z:8443", "http://[::1]:3000")
