@@ -6,9 +6,13 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY entry entry
 COPY prg prg
 COPY service service
-RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .
+RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt . \
+    && /venv/bin/pip uninstall --yes --quiet pip setuptools
 
 FROM python:3.11-slim
+# Nothing is installed at run time, so nothing that installs is shipped.
+RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3.11/site-packages/pip* \
+    /usr/local/lib/python3.11/site-packages/setuptools* /usr/local/lib/python3.11/ensurepip
 COPY --from=build /venv /venv
 # Nothing is written: a read-only root is enough (docker run --read-only).
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

@@ -165,11 +165,18 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--new-key", metavar="NAME", help="print a new API key and its row for the keys file")
+    parser.add_argument(
+        "--scopes",
+        nargs="+",
+        choices=("infer", "metrics"),
+        default=["infer"],
+        help="of the new key; by default infer",
+    )
     arguments = parser.parse_args(argv)
     if arguments.new_key is not None:
         if not arguments.new_key.strip() or not arguments.new_key.isprintable():
             parser.error("--new-key needs a name of printable characters")
-        key, row = new_key(arguments.new_key)
+        key, row = new_key(arguments.new_key, arguments.scopes)
         # The row alone on stdout, so that `>> keys.toml` does not store the key.
         print(f"Give this key to its user; it is kept nowhere:\n{key}", file=sys.stderr)
         print("and add this to the file that PRG_API_KEYS_FILE names:", file=sys.stderr)

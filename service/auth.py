@@ -7,10 +7,12 @@ import math
 import secrets
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+import structlog
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +31,8 @@ class Key(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     scopes: Annotated[list[Scope], Field(min_length=1)]
     images_per_minute: Annotated[int, Field(ge=1)] | None = None
+    expires: date | None = None
+    """The day, in UTC, from which the key is refused."""
 
 
 class _File(BaseModel):
@@ -61,6 +65,11 @@ class Keys:
             detail = "send a valid key as `Authorization: Bearer <key>`"
             raise Problem(KEY_NEEDED, detail, headers={"WWW-Authenticate": "Bearer"})
         key = found[-1]
+        if key.expires and datetime.now(UTC).date() >= key.expires:
+            detail = f"the key {key.name!r} expired on {key.expires}; ask for a new one"
+            raise Problem(KEY_NEEDED, detail, headers={"WWW-Authenticate": "Bearer"})
+        # For the access log.
+        structlog.contextvars.bind_contextvars(key=key.name)
         if scope not in key.scopes:
             raise Problem(SCOPE_MISSING, f"the key {key.name!r} lacks the scope {scope!r}")
         return key
@@ -100,14 +109,14 @@ def read_keys(path: Path) -> list[Key]:
     raise SettingsError(f"PRG_API_KEYS_FILE: {path}: {reason}")
 
 
-def new_key(name: str) -> tuple[str, str]:
+def new_key(name: str, scopes: Sequence[Scope] = ("infer",)) -> tuple[str, str]:
     """(key, its row for the keys file). The key is shown once and kept nowhere."""
     key = f"prg_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(key.encode()).hexdigest()
     # A JSON string is a TOML string.
     quoted = json.dumps(name, ensure_ascii=False)
-    row = f'[[key]]\nname = {quoted}\nsha256 = "{digest}"\nscopes = ["infer"]\nimages_per_minute = 6000\n'
-    return key, row
+    rate = "images_per_minute = 6000\n" if "infer" in scopes else ""
+    return key, f'[[key]]\nname = {quoted}\nsha256 = "{digest}"\nscopes = {json.dumps([*scopes])}\n{rate}'
 
 
 def needs(scope: Scope) -> Callable[[Request], Key | None]:

@@ -123,7 +123,7 @@ class Gateway:
                 decoded = await self._decoder.decode(items, entry.prg.image)
                 images = [image for image in decoded if not isinstance(image, ImageError)]
                 errors = {i: error for i, error in enumerate(decoded) if isinstance(error, ImageError)}
-                self.metrics.images(entry.name, len(images), len(errors))
+                self.metrics.images(entry.name, len(images), len(errors), key.name if key else None)
                 if not images:
                     return Results(errors, np.empty((0, len(levels), 0), np.float32))
                 job = Job(

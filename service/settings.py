@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from entry.images import Limits
 
 Positive = Annotated[int, Field(ge=1)]
-OTHER_VARIABLES = frozenset({"PRG_KEY", "PRG_PUBLISH", "PRG_TEST_DATA"})
+OTHER_VARIABLES = frozenset({"PRG_KEY", "PRG_METRICS_KEY_FILE", "PRG_PUBLISH", "PRG_TEST_DATA"})
 """No settings of the service: of `prg embed`, of the compose file, and of the tests."""
 
 

@@ -29,7 +29,7 @@ log = structlog.get_logger("prg")
 
 
 class Metrics:
-    """Everything that /metrics shows. Labels are route templates, models and fixed words: few, always."""
+    """Everything that /metrics shows. Labels are route templates, models, keys and fixed words: few, always."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -40,6 +40,7 @@ class Metrics:
         self._seconds = histogram("prg_request_seconds", "Whole time of a request", ["route"])
         self.in_flight = gauge("prg_requests_in_flight", "Requests that are not answered yet")
         self._images = counter("prg_images", "Images taken in", ["model", "outcome"])
+        self._key_images = counter("prg_key_images", "Images taken in, by the name of the key", ["key"])
         self._rejected = counter("prg_rejections", "Requests refused with 503", ["reason"])
         self.decode_seconds = histogram("prg_decode_seconds", "Decoding and preprocessing of an image")
         self.queue_seconds = histogram("prg_queue_seconds", "Wait of a job for its first batch", ["model"])
@@ -78,8 +79,10 @@ class Metrics:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def images(self, model: str, good: int, bad: int) -> None:
-        """Count a request's images."""
+    def images(self, model: str, good: int, bad: int, key: str | None = None) -> None:
+        """Count a request's images, and whose they are where there are keys."""
+        if key is not None:
+            self._key_images.labels(key).inc(good + bad)
         self._images.labels(model, "ok").inc(good)
         self._images.labels(model, "failed").inc(bad)
 
@@ -131,7 +134,12 @@ class Telemetry:
             self.metrics.answered(route, status, seconds)
             quiet = route.startswith(("/health", "/metrics")) and status < 400
             (log.debug if quiet else log.info)(
-                "request", method=scope["method"], route=route, status=status, ms=round(seconds * 1e3, 1)
+                "request",
+                method=scope["method"],
+                route=route,
+                status=status,
+                ms=round(seconds * 1e3, 1),
+                client=(scope.get("client") or ("unknown",))[0],
             )
 
 

@@ -83,7 +83,7 @@ class Stack:
         self.environment = os.environ | {
             "PRG_PUBLISH": f"127.0.0.1:{gateway}",
             "PROMETHEUS_PUBLISH": f"127.0.0.1:{prometheus}",
-            "TRITON_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
         }
         self.files = ("-p", f"prg-test-{os.getpid()}", "-f", "docker-compose.yml", "-f", str(override))
 

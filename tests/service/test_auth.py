@@ -1,6 +1,7 @@
 """API keys: who may do what, and how much."""
 
 import hashlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ def bearer(key: str) -> dict[str, str]:
 def keys(tmp_path: Path) -> tuple[Path, str, str]:
     """(file, a key that may infer, a key that may read metrics)."""
     infer, infer_row = new_key("people")
-    metrics, metrics_row = new_key("prometheus")
+    metrics, metrics_row = new_key("prometheus", ["metrics"])
     path = tmp_path / "keys.toml"
-    path.write_text(infer_row + metrics_row.replace('"infer"', '"metrics"'))
+    path.write_text(infer_row + metrics_row)
     return path, infer, metrics
 
 
@@ -52,6 +53,31 @@ def test_keys_open_what_their_scopes_say(start: Start, keys: tuple[Path, str, st
     assert client.get("/metrics", headers=bearer(metrics)).status_code == 200
     for path_ in ("/health/live", "/docs", "/openapi.json"):
         assert client.get(path_).status_code == 200
+
+
+def test_a_key_is_refused_from_the_day_it_expires(start: Start, tmp_path: Path) -> None:
+    path, today = tmp_path / "keys.toml", datetime.now(UTC).date()
+    (old, old_row), (good, good_row) = new_key("old"), new_key("good")
+    path.write_text(f"{old_row}expires = {today}\n{good_row}expires = {today + timedelta(2)}\n")
+    client = start(api_keys_file=path)
+    refused = client.get("/models", headers=bearer(old))
+    assert (refused.status_code, refused.json()["title"]) == (401, "Key needed")
+    assert client.get("/models", headers=bearer(good)).status_code == 200
+
+
+def test_images_and_log_lines_have_the_keys_name(
+    start: Start, keys: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, infer, metrics = keys
+    client = start(api_keys_file=path)
+    client.post("/embed", files=IMAGE * 3, headers=bearer(infer))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/embed" in line]
+    assert "people" in lines[-1]
+    assert "testclient" in lines[-1]
+    assert 'prg_key_images_total{key="people"} 3.0' in client.get("/metrics", headers=bearer(metrics)).text
+    client.get("/health/ready", headers=bearer(infer))
+    client.get("/models/none")
+    assert "people" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_without_a_file_the_service_is_open(client: TestClient) -> None:
