@@ -31,10 +31,11 @@ export class Panel {
     this.say("");
   }
 
-  /** Show a sentence of trouble, with a button to try again where that may help. */
+  /** Show a sentence of trouble, with a button to try again where that may help; once on the page where not. */
   say(text, again) {
     this.element.classList.toggle("failed", Boolean(text));
-    this.status.replaceChildren(text);
+    const said = [...document.querySelectorAll(".status")].some((other) => other !== this.status && other.textContent === text);
+    this.status.replaceChildren(said && !again ? "" : text);
     if (!text || !again) return;
     const button = document.createElement("button");
     button.type = "button";

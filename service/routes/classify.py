@@ -14,7 +14,7 @@ from service.openapi import CLASSIFIED, CLASSIFY, answers, posted, problems
 from service.routes.answers import answer, gateway_of
 from service.schemas import ClassifyAnswer, ClassifyOptions
 
-router = APIRouter()
+router = APIRouter(tags=["Images"])
 
 
 @router.post(

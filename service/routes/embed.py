@@ -14,7 +14,7 @@ from service.openapi import EMBED, EMBEDDED, NPY, answers, posted, problems
 from service.routes.answers import answer, encode_vector, failed, gateway_of
 from service.schemas import EmbedAnswer, EmbedOptions
 
-router = APIRouter()
+router = APIRouter(tags=["Images"])
 MEDIA_RANGE = re.compile(r"([^\s,;]+/[^\s,;]+)(?:\s*;\s*(?:q=(1(?:\.0*)?|0(?:\.\d*)?)|[^,;]*))*")
 """One of an Accept header: its kind, and its q if it has one."""
 NPY_HEADERS = {"X-Model": "model", "X-Model-Version": "model_version", "X-Fingerprint": "fingerprint"}

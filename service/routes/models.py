@@ -11,7 +11,7 @@ from service.openapi import KEYED, MODEL, MODELS, TEXT, answers, parameter, prob
 from service.routes.answers import gateway_of
 from service.schemas import ModelInfo, ModelList
 
-router = APIRouter()
+router = APIRouter(tags=["Models"])
 
 
 @router.get(

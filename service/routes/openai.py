@@ -14,7 +14,7 @@ from service.openapi import KEYED, OPENAI, OPENAI_MODELS, OPENAI_PROBLEMS, answe
 from service.routes.answers import as_json, encode_vector, gateway_of
 from service.schemas import EmbeddingsAnswer, EmbeddingsRequest, OpenAIModel, OpenAIModels
 
-router = APIRouter()
+router = APIRouter(tags=["OpenAI style"])
 
 
 @router.post(

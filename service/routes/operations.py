@@ -9,7 +9,7 @@ from service.openapi import KEYED, METRICS, answers, problems
 from service.routes.answers import gateway_of
 from service.schemas import Health
 
-router = APIRouter()
+router = APIRouter(tags=["Operations"])
 
 
 @router.get(

@@ -249,8 +249,11 @@ def test_errors_are_shown_in_words(visit: Open, address: str, tmp_path: Path) ->
     broken.write_text("hello")
     page = visit(address, allow="422")
     choose(page, broken)
-    expect(page.locator("#classes .status")).to_contain_text("The bytes are no image")
     expect(page.locator("#picture .name")).to_contain_text("no preview")
+    expect(page.get_by_text("The bytes are no image")).to_be_visible()
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+    expect(page.get_by_text("The bytes are no image")).to_have_count(1)
+    expect(page.locator("#picture .another")).to_be_visible()
     page.get_by_label("Try the drawing of a ship").click()
     expect(page.locator("#classes .bars li")).to_have_count(5)
     expect(page.locator("#classes .status")).to_be_empty()
@@ -356,6 +359,6 @@ def test_a_key_is_asked_for(visit: Open, tmp_path: Path) -> None:
 
 def test_the_openapi_page(visit: Open, address: str) -> None:
     page = visit(f"{address}/docs")
-    expect(page.locator(".opblock")).to_have_count(8)
-    page.locator("#operations-default-classify_classify_post").get_by_role("button").first.click()
+    expect(page.locator(".opblock")).to_have_count(9)
+    page.locator("#operations-Images-classify_classify_post").get_by_role("button").first.click()
     expect(page.get_by_text("The most probable classes of each image")).to_be_visible()
