@@ -77,8 +77,8 @@ class Facts(Section):
     held_out: float | None = None
     """The smallest share that was held out by any training behind these weights, this one included; 0 where one
     held none out, None where it is not known (an import)."""
-    trained_on: tuple[str, ...] = ()
-    """Keys of some images of every training behind these weights, this one included."""
+    trained_on: tuple[tuple[str, ...], ...] = ()
+    """Keys of some images of each training behind these weights, this one included."""
     history: tuple[str, ...] = ()
     """The trainings that these weights began from, oldest first, a line each for people."""
     cross_validated: CrossValidated | None = None

@@ -247,16 +247,17 @@ def _connected(kind: Callable[..., Http], url: str, key: str | None, timeout_s: 
     """An HTTP client of that kind. Raises PrgError."""
     try:
         address = httpx.URL(url.strip())
-    except httpx.InvalidURL:
-        address = httpx.URL()
-    if address.scheme not in ("http", "https") or not address.host:
-        raise PrgError(f"{url!r} is no address of a service; one is {URL}")
-    here = address.host in ("localhost", "::1") or address.host.startswith("127.")
+        host = address.host if address.scheme in ("http", "https") else ""
+    except (httpx.InvalidURL, UnicodeError):
+        host = ""
+    if not host:
+        raise PrgError(f"{url.rpartition('@')[2]!r} is no address of a service; one is {URL}")
+    here = host in ("localhost", "::1") or host.startswith("127.")
     try:
         return kind(base_url=address, headers=_headers(key), timeout=timeout_s, trust_env=not here)
     except (ImportError, ValueError) as error:
         raise PrgError(
-            f"a proxy of the environment can't be used ({error}); unset it, or add {address.host} to NO_PROXY"
+            f"a proxy of the environment can't be used ({error}); unset it, or add {host} to NO_PROXY"
         ) from None
 
 

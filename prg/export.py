@@ -214,7 +214,8 @@ def write_card(directory: Path, entry: Entry) -> None:
         lines += [f"| {a.data} | {a.images} | {a.top1:.4f} | {a.top5:.4f} |" for a in version.accuracy] or [
             "| not evaluated yet | | | |"
         ]
-        lines += ["", "Training:", "", *(f"- {k}: {_written(v)}" for k, v in version.training.items())]
+        facts = {k: v for k, v in version.training.items() if k != "trained_on"}
+        lines += ["", "Training:", "", *(f"- {k}: {_written(v)}" for k, v in facts.items())]
     write_atomically(directory / "MODEL_CARD.md", ("\n".join(lines) + "\n").encode())
 
 

@@ -29,12 +29,14 @@ def hold_out(
 ) -> tuple[Images, Images]:
     """(training, held out), each in the order of the keys.
 
-    before: the share that trainings before this one held out; what is held out of all must be enough too.
+    before: the share that trainings before this one held out; what all of them held out must be enough too.
     Raises DataError as `is_held_out` does.
     """
     held = is_held_out(images, share, remedy)
     if before and before < share:
-        is_held_out(images, before, "begin from a model that held out more, or add a test split")
+        is_held_out(
+            images, before, "begin from a model that held out more, add a test split, or use --freeze"
+        )
     order = np.argsort(images.keys, kind="stable")
     return images.subset(order[~held[order]]), images.subset(order[held[order]])
 
@@ -42,19 +44,33 @@ def hold_out(
 def is_held_out(images: Images, share: float, remedy: str = "") -> np.ndarray:
     """Which of the images are: bool [N].
 
-    Raises DataError where these are fewer than LEAST, or all images of a class; it tells the `remedy`, by default
-    a share that works.
+    remedy: what to do where they are too few; by default images are to be trained on, and it is another share.
+    Raises DataError where they are fewer than LEAST or, before a training, all images of a class.
     """
     fraction = images.keys / 2.0**64
     held: np.ndarray = fraction < share
-    alone = _without_training(images, held)
+    alone = [] if remedy else _without_training(images, held)
     if held.sum() < LEAST or alone:
         all_of = f", among them all of {', '.join(alone)}" if alone else ""
+        needed = f"at least {LEAST} are needed" + ("" if remedy else ", and one of each class to train on")
         raise DataError(
-            f"a share of {share:g} holds out {held.sum()} of {len(images)} images{all_of}; at least {LEAST} are "
-            f"needed, and one of each class to train on: {remedy or _share_that_works(images, fraction)}"
+            f"a share of {share:g} holds out {held.sum()} of {len(images)} images{all_of}; {needed}: "
+            f"{remedy or _share_that_works(images, fraction)}"
         )
     return held
+
+
+def knows(kept: tuple[str, ...], images: Images) -> bool:
+    """Whether more of the images than some chance copies are those that a training kept these keys of.
+
+    The keys are the smallest of its images. So of an image whose key lies between them it is known whether it was
+    trained on, and the share of these stands for the share of all.
+    """
+    keys = np.array([int(key, 16) for key in kept], np.uint64)
+    own = np.unique(images.keys)
+    inside = int(((own >= keys[0]) & (own <= keys[-1])).sum())
+    known = len(np.intersect1d(own, keys))
+    return known > 0 and (known == inside or (known > 1 and 10 * known > inside))
 
 
 def _without_training(images: Images, held: np.ndarray) -> list[str]:

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from prg.errors import DataError
-from prg.images.held_out import hold_out
+from prg.images.held_out import hold_out, knows
 from prg.images.sets import Images
 from prg.images.source import Source, standard_name
 from prg.images.splits import choose_evaluated, choose_split
@@ -30,8 +28,8 @@ class Material:
     """The split to evaluate on where none is asked for; empty: test, else validation, else what was held out."""
     held_out: float | None
     """The share held out by every training of the model; 0 where none was, None where that is not known."""
-    trained_on: tuple[str, ...]
-    """Keys of some of the images trained on, as a checkpoint has them."""
+    trained_on: tuple[tuple[str, ...], ...]
+    """Keys of some images of each training of the model, as a checkpoint has them."""
     seen: bool
     """Whether images that the model may have been trained on are asked for all the same."""
     load: Callable[[Source], Images]
@@ -49,14 +47,13 @@ class Material:
         """
         chosen = choose_evaluated(self.found, wanted or self.test, self.source, self.train)
         images = self.load(self.found[chosen])
-        # One may be a picture that the data itself holds twice; two in so small a sample are no accident.
-        kept = np.array([int(key, 16) for key in self.trained_on], np.uint64)
-        known = len(np.intersect1d(images.keys, kept)) > 1
-        if not known and standard_name(chosen) != standard_name(self.train):
+        trained_on = standard_name(chosen) == standard_name(self.train)
+        if not trained_on and not any(knows(kept, images) for kept in self.trained_on):
             return f"{self.name}/{chosen}", images
         if self.seen:
             return f"{self.name}/{chosen} (seen in training)", images
-        return f"{self.name}/held-out", self._divide(images)[1]
+        name = "held-out" if trained_on else f"{chosen} (held out)"
+        return f"{self.name}/{name}", self._divide(images)[1]
 
     def training(self) -> tuple[Images, Images]:
         """(what was trained on, what was held out) of the training split.
@@ -68,10 +65,7 @@ class Material:
     def _divide(self, images: Images) -> tuple[Images, Images]:
         share = self.held_out or (SHARE if self.seen else None)
         if share is None:
-            why = (
-                "was trained on these images"
-                if self.held_out == 0
-                else "may have been trained on these images"
+            raise DataError(
+                f"{self.source}: the model may have been trained on these images, and holds none of them out; {OTHERS}"
             )
-            raise DataError(f"{self.source}: the model {why}; {OTHERS}")
         return hold_out(images, share, OTHERS)

@@ -46,7 +46,7 @@ class Images:
     @property
     def kept_keys(self) -> tuple[str, ...]:
         """The KEPT smallest keys, 16 hex digits each: a sample that is the same for the same images."""
-        return tuple(f"{key:016x}" for key in np.sort(self.keys)[:KEPT])
+        return tuple(f"{key:016x}" for key in np.unique(self.keys)[:KEPT])
 
 
 def sample(images: Images, limit: int | None, seed: int = 0) -> Images:

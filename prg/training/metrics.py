@@ -23,5 +23,5 @@ def _step(line: str) -> float:
     """The step of one line; infinite for a line that a kill cut short."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf

@@ -85,11 +85,9 @@ class Run:
         )
 
     def material(self, stage: Stage, seen: bool = False) -> Material:
-        """The images that the run's model of that stage, once there is one, may be evaluated on."""
+        """The images that the run's model of that stage may be evaluated on."""
         train, found = self.sources
-        path = self.checkpoint(stage)
-        facts = read_facts(path)
-        data = self.recipe.data
+        facts, data = read_facts(self.checkpoint(stage)), self.recipe.data
         return Material(
             data.source, found, train, data.test, facts.held_out, facts.trained_on, seen, self.load
         )
@@ -136,7 +134,7 @@ class Run:
             classes=images.classes,
             init=start.sha256 if start else "",
             held_out=None if before is None else min(own, before),
-            trained_on=tuple(dict.fromkeys((*(start.trained_on if start else ()), *trained.keys))),
+            trained_on=tuple(dict.fromkeys((*(start.trained_on if start else ()), trained.keys))),
             history=start.history if start else (),
         )
 

@@ -23,7 +23,7 @@ class Start:
 
     sha256: str
     held_out: float | None
-    trained_on: tuple[str, ...]
+    trained_on: tuple[tuple[str, ...], ...]
     history: tuple[str, ...]
 
 
@@ -69,7 +69,8 @@ def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -
     line = f"entry: {entry.name} version {version} ({facts.sha256[:12]})"
     history = (*facts.training.get("history", ()), line)
     training = facts.training
-    return net, Start(facts.sha256, training.get("held_out"), tuple(training.get("trained_on", ())), history)
+    trained_on = tuple(map(tuple, training.get("trained_on", ())))
+    return net, Start(facts.sha256, training.get("held_out"), trained_on, history)
 
 
 def _from_checkpoint(init: Path, network: str | UNetConfig, image: Image, path: str) -> tuple[UNet, Start]:

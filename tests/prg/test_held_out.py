@@ -14,7 +14,7 @@ from entry.config import read_entry
 from prg.checkpoint import read_facts
 from prg.cli import main
 from prg.errors import DataError
-from prg.images.held_out import hold_out, key_of
+from prg.images.held_out import hold_out, key_of, knows
 from prg.images.sets import Images
 from prg.target import open_target
 from prg.training.run import open_run
@@ -97,6 +97,20 @@ def test_added_and_renamed_images_are_never_evaluated_on_if_trained_on(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == len(images)
 
 
+def test_a_split_is_known_by_the_share_of_its_images_that_were_trained_on() -> None:
+    images = made(4000)
+    trained, fresh = images.subset(np.arange(2000)), images.subset(np.arange(2000, 4000))
+    kept = trained.kept_keys
+    assert not knows(kept, fresh)
+    assert knows(kept, images)  # a half
+    assert knows(kept, trained.subset(np.arange(500)))
+    smallest = np.argsort(trained.keys)[:5]  # chance copies
+    assert not knows(kept, images.subset(np.concatenate([smallest[:1], np.arange(2000, 4000)])))
+    assert not knows(kept, images.subset(np.concatenate([smallest[:2], np.arange(2000, 4000)])))
+    again = trained.subset(np.concatenate([np.full(70, smallest[0]), np.arange(2000)]))
+    assert again.kept_keys == kept  # copies among them change nothing
+
+
 @pytest.mark.parametrize("form", ["images", "parquet"])
 def test_images_trained_on_are_known_again_in_another_split(
     form: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -116,7 +130,7 @@ def test_images_trained_on_are_known_again_in_another_split(
         pq.write_table(pa.table(table), other / "test.parquet")
     assert main(["evaluate", str(home / "entry"), "--data", str(other)]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (found["data"], found["images"]) == ("other/held-out", len(trained_on(home / "run")[1]))
+    assert (found["data"], found["images"]) == ("other/test (held out)", len(trained_on(home / "run")[1]))
     run, entry = tmp_path / "run", tmp_path / "entry"
     more = image_folder(tmp_path / "more", each=30, splits=("train",), seed=1)
     assert main(["finetune", str(run), *command(more), "--init", str(home / "entry")]) == 0
@@ -183,7 +197,7 @@ def test_a_head_fitted_to_all_images_asks_for_others(
     init = ["--init", str(home / "entry"), "--freeze"]
     assert main(["finetune", str(tmp_path / "run"), *command(home / "photos"), *init]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 1
-    assert "was trained on these images; name a test split or other images" in capsys.readouterr().err
+    assert "name a test split or other images" in capsys.readouterr().err
     other = image_folder(tmp_path / "other", each=4, splits=("test",), seed=3)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "few")]) == 0
     assert main(["evaluate", str(tmp_path / "few"), "--data", str(other)]) == 0
