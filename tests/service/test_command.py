@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import httpx
@@ -48,13 +46,10 @@ def free_port() -> int:
 
 
 def status(url: str) -> int:
+    """Of its answer; 0 where nothing answers."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            code: int = response.status
-            return code
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
+        return httpx.get(url, timeout=5).status_code
+    except httpx.TransportError:
         return 0
 
 
