@@ -80,7 +80,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
         run = _run(arguments, arguments.freeze)
         done = is_complete(run.finetuned)
         finetune(run, arguments.init)
-        _say(run.finetuned, done, f"next: prg evaluate {run.folder}")
+        frozen = run.recipe.finetune.freeze  # all its images were trained on
+        then = (
+            f"export {run.folder} model_repository/{run.folder.name}" if frozen else f"evaluate {run.folder}"
+        )
+        _say(run.finetuned, done, f"next: prg {then}")
 
 
 def _run(arguments: argparse.Namespace, more: list[str]) -> "Run":
