@@ -27,8 +27,6 @@ class Trained(Section):
     images: int
     digest: str
     """Of the images and, where they are learned, their labels."""
-    keys: tuple[str, ...]
-    """Of some of the images (`prg.images.sets.Images.kept_keys`)."""
     step: int
     steps: int
     """Of the whole training: done where `step` is as many."""
@@ -78,7 +76,8 @@ class Facts(Section):
     """The smallest share that was held out by any training behind these weights, this one included; 0 where one
     held none out, None where it is not known (an import)."""
     trained_on: tuple[tuple[str, ...], ...] = ()
-    """Keys of some images of each training behind these weights, this one included."""
+    """Keys of some images of each training behind these weights, this one included
+    (`prg.images.sets.Images.kept_keys`)."""
     history: tuple[str, ...] = ()
     """The trainings that these weights began from, oldest first, a line each for people."""
     cross_validated: CrossValidated | None = None

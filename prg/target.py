@@ -67,7 +67,7 @@ def open_target(
             train=training.get("split", "train"),
             test="",
             held_out=training.get("held_out"),
-            trained_on=tuple(map(tuple, training.get("trained_on", ()))),
+            trained_on=training.get("trained_on", ()),
             seen=seen,
             load=load,
         ),

@@ -122,7 +122,7 @@ def _parse_form(body: bytes, content_type: str, max_images: int) -> tuple[list[I
             items.append(partial(bytes, part.content))
         elif name == "files":
             raise Problem(errors.NO_IMAGE, "`files` came as text; send files (curl -F files=@photo.jpg)")
-        elif not part.is_text and b"filename" in part.options():
+        elif b"filename" in part.options:
             raise Problem(errors.UNKNOWN_FIELD, f"a file came as {name[:80]!r}; send files as `files`")
         else:
             pairs.append((name, _text(name, part.content)))

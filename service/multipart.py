@@ -1,6 +1,7 @@
 """multipart/form-data (RFC 7578) of a body that lies in memory: all its parts, or an error, never some of them."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -22,10 +23,11 @@ class Part:
     """By their names in lower case."""
     pieces: list[bytes] = field(default_factory=list)
 
-    @property
+    @cached_property
     def content(self) -> bytes:
         return b"".join(self.pieces)
 
+    @cached_property
     def options(self) -> dict[bytes, bytes]:
         """Parameters of its Content-Disposition."""
         return parse_options_header(self.headers.get("content-disposition", b""))[1]
@@ -34,14 +36,14 @@ class Part:
     def name(self) -> str:
         """Raises MultipartError where it has none."""
         try:
-            return self.options()[b"name"].decode()
+            return self.options[b"name"].decode()
         except (KeyError, UnicodeDecodeError):
             raise MultipartError("a part has no name of UTF-8 in its Content-Disposition") from None
 
     @property
     def is_text(self) -> bool:
         """Whether it has neither a file's name nor a type nor bytes that are no ASCII: a field of a form."""
-        named = any(option.startswith(b"filename") for option in self.options())
+        named = any(option.startswith(b"filename") for option in self.options)
         return not named and "content-type" not in self.headers and self.content.isascii()
 
 

@@ -89,7 +89,6 @@ def not_begun(images: Images, steps: int, precision: Precision, device: torch.de
     return Trained(
         images=len(images),
         digest=images.digest,
-        keys=images.kept_keys,
         step=0,
         steps=steps,
         seconds=0.0,

@@ -134,7 +134,7 @@ class Run:
             classes=images.classes,
             init=start.sha256 if start else "",
             held_out=None if before is None else min(own, before),
-            trained_on=tuple(dict.fromkeys((*(start.trained_on if start else ()), trained.keys))),
+            trained_on=tuple(dict.fromkeys((*(start.trained_on if start else ()), images.kept_keys))),
             history=start.history if start else (),
         )
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,9 @@ def serve(log: Path, **settings: object) -> tuple[subprocess.Popen[bytes], str]:
     until = time.monotonic() + PATIENCE_S
     while True:
         try:
-            urllib.request.urlopen(f"{address}/health/ready").close()
+            httpx.get(f"{address}/health/ready").raise_for_status()
             return process, address
-        except OSError:
+        except httpx.HTTPError:
             if process.poll() is not None or time.monotonic() > until:
                 process.kill()
                 process.wait()
