@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from entry.runner import Runner
-from prg.images import splits
 from prg.images.decoded import load_split
+from prg.images.splits import splits
 
 BATCH = 64
 WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

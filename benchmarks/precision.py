@@ -19,8 +19,8 @@ import torch
 
 from entry.runner import Runner
 from prg.export import DTYPES, least_cosine, relative_difference
-from prg.images import splits
 from prg.images.decoded import load_split
+from prg.images.splits import splits
 from prg.machine import choose_device, device_name
 
 ROUNDS = 10

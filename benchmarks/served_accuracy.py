@@ -19,9 +19,9 @@ from benchmarks.gateway import serving
 from entry.runner import Runner
 from prg.client import Client
 from prg.evaluation import classify
-from prg.images import splits
 from prg.images.decoded import load_split
 from prg.images.sets import same_classes
+from prg.images.splits import splits
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from google.protobuf import text_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
 
+from entry.errors import EntryError as EntryError
 from entry.files import sha256, write_atomically
 
 MAX_BATCH_SIZE = 64
@@ -27,10 +28,6 @@ REMEDY = "write the entry again with `prg export`"
 Level = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class EntryError(ValueError):
-    """An entry that can't be used; the message names the file, the key and what to do."""
 
 
 class _Facts(BaseModel):

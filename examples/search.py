@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from usearch.index import Index
 
-from entry.config import EntryError
+from entry.errors import EntryError, PackageError, needs
 from prg.client import EmbedOptions, ServiceError
-from prg.embed.engines import Embedder, Local, Remote
+from prg.embed.engines import Embedder
+from prg.embed.remote import Remote
 
 Found = list[tuple[str, float]]
 """Paths with their cosine similarity, nearest first."""
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.command(arguments)
-    except (ValueError, OSError, EntryError, ServiceError, httpx.TransportError) as error:
+    except (ValueError, OSError, EntryError, PackageError, ServiceError, httpx.TransportError) as error:
         print(f"search: {error}", file=sys.stderr)
         return 1
     return 0
@@ -148,6 +149,8 @@ def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> 
     feature, t_end = made_by.get("feature"), made_by.get("t_end")
     embedder: Embedder
     if arguments.entry:
+        with needs("embedded"):
+            from prg.embed.local import Local
         embedder = Local(arguments.entry, t_end, feature, bool(made_by.get("normalize")))  # type: ignore[arg-type]
     elif arguments.url:
         options = EmbedOptions(

@@ -3,7 +3,10 @@
 import argparse
 import sys
 
+from entry.errors import EntryError, PackageError, needs
 from prg.commands import embed, evaluate, export, imports, reproduce, train
+from prg.console import world_size
+from prg.errors import Interrupted, PrgError, ProcessError
 
 EXAMPLE = """
 a whole run, on your own images (one sub-folder a class):
@@ -18,27 +21,19 @@ a whole run, on your own images (one sub-folder a class):
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error that was explained, 130 after an interruption."""
     arguments = parser().parse_args(argv)
-    try:
-        from entry.config import EntryError
-        from prg.client import ServiceError
-        from prg.errors import Interrupted, PrgError
+    from prg.client import ServiceError
 
-        try:
+    try:
+        with needs(getattr(arguments, "extra", "train")):
             _run(arguments)
-        except (PrgError, EntryError, ServiceError) as error:
-            return _explain(str(error))
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            return _explain(f"{where}{error.strerror or error}")
-        except Interrupted as error:
-            _explain(str(error))
-            return 130
-    except ModuleNotFoundError as missing:  # the service alone is installed without them
-        if str(missing.name).partition(".")[0] in ("prg", "entry"):
-            raise
-        return _explain(
-            f"{missing.name} is not installed; run `make setup`, or pip install -e '.[embedded,train]'"
-        )
+    except (PrgError, EntryError, ServiceError, PackageError) as error:
+        return _explain(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _explain(f"{where}{error.strerror or error}")
+    except Interrupted as error:
+        _explain(str(error))
+        return 130
     return 0
 
 
@@ -58,10 +53,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     """The command; of several processes only where it is made for them."""
-    if not getattr(arguments, "several", False) or arguments.dry_run:
-        from prg.training.processes import refuse_several
-
-        refuse_several()
+    if world_size() > 1 and (not getattr(arguments, "several", False) or arguments.dry_run):
+        raise ProcessError(
+            f"WORLD_SIZE = {world_size()}: this is done by one process, start it without torchrun; "
+            "several are for prg pretrain, finetune and reproduce"
+        )
     arguments.command(arguments)
 
 

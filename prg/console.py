@@ -1,4 +1,4 @@
-"""What a person sees on stderr: notes, and progress bars (plain lines where stderr is no terminal)."""
+"""What a person sees on stderr: notes, and progress bars (plain lines without a terminal, or without rich)."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 LINE_EVERY_S = 30.0
 
@@ -30,10 +31,15 @@ class Bar:
         self.show(self.done, rate, note)
 
 
+def world_size() -> int:
+    """How many processes the environment speaks of, as torchrun does."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def is_main_process() -> bool:
     """Whether this process writes files and speaks: of several that torchrun started, the first."""
     # A RANK alone, as schedulers leave it behind, is no group of processes.
-    return os.environ.get("WORLD_SIZE") in (None, "", "1") or os.environ.get("RANK", "0") == "0"
+    return world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:
@@ -54,7 +60,7 @@ def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterat
     if not is_main_process():
         yield Bar(lambda *_: None, done)
         return
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and find_spec("rich")):
         yield Bar(_lines(title, total, unit), done)
         return
     from rich.console import Console
@@ -77,7 +83,7 @@ def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterat
 
 
 def _lines(title: str, total: int, unit: str) -> Callable[[int, float, str], None]:
-    """A line every half minute, for log files."""
+    """A line every half minute."""
     last = time.monotonic()
 
     def show(done: int, rate: float, note: str) -> None:

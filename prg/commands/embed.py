@@ -4,8 +4,13 @@ import argparse
 import os
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prg.commands.options import Commands
+from prg.errors import DataError
+
+if TYPE_CHECKING:
+    from prg.embed.engines import Embedder
 
 
 def add(commands: Commands) -> None:
@@ -35,14 +40,13 @@ def add(commands: Commands) -> None:
     sub.add_argument("--t-end", type=float, help="from 0 (noise) to 1 (the image); by default the model's")
     sub.add_argument("--feature", choices=("state", "hidden"), help="by default the model's")
     sub.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
-    sub.set_defaults(command=_embed)
+    sub.set_defaults(command=_embed, extra="embedded")
 
 
 def _embed(arguments: argparse.Namespace) -> None:
     from prg.client import EmbedOptions
-    from prg.embed.engines import Embedder, Local, Remote
     from prg.embed.partitions import embed
-    from prg.errors import DataError
+    from prg.embed.remote import Remote
 
     if arguments.t_end is not None and not 0 <= arguments.t_end <= 1:
         raise DataError(f"--t-end {arguments.t_end}: must be from 0 to 1")
@@ -56,6 +60,8 @@ def _embed(arguments: argparse.Namespace) -> None:
     elif arguments.model:
         raise DataError("--model goes with --url; --entry names the model itself")
     else:
+        from prg.embed.local import Local  # needs torch
+
         embedder = Local(arguments.entry, arguments.t_end, arguments.feature, arguments.normalize)
     with closing(embedder):
         failed = embed(arguments.paths, arguments.out, embedder)

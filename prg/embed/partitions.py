@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from entry.errors import needs
 from entry.files import atomic_file, write_atomically
 from prg.console import note, track
 from prg.embed.engines import Embedder, Rows
@@ -31,6 +32,9 @@ def embed(sources: Sequence[str], out: Path, embedder: Embedder) -> int:
     """
     if out.suffix not in (".npy", ".parquet"):
         raise DataError(f"{out}: must end in .npy or .parquet")
+    if out.suffix == ".parquet":
+        with needs("search"):  # said before the first image is embedded, not after the last
+            import pyarrow  # noqa: F401
     files = list(find_images(sources))
     if not files:
         raise DataError(f"no images in {', '.join(sources)} (files ending in {', '.join(SUFFIXES)})")

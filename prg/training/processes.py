@@ -21,7 +21,7 @@ import torch
 import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
 
-from prg.console import is_main_process
+from prg.console import is_main_process, world_size
 from prg.errors import Interrupted, ProcessError
 
 TIMEOUT = timedelta(hours=2)
@@ -48,20 +48,6 @@ def joined() -> Iterator[None]:
         raise
     finally:
         distributed.destroy_process_group()
-
-
-def world_size() -> int:
-    """How many processes the environment speaks of."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def refuse_several() -> None:
-    """Raise ProcessError where several processes were started for the work of one."""
-    if world_size() > 1:
-        raise ProcessError(
-            f"WORLD_SIZE = {world_size()}: this is done by one process, start it without torchrun; "
-            "several are for prg pretrain, finetune and reproduce"
-        )
 
 
 def count() -> int:

@@ -14,10 +14,11 @@ from workshop import CLASSES, image_folder, largest_file, overrides
 
 from entry.config import ImageSpec
 from prg.cli import main
-from prg.images import DataError, splits
+from prg.errors import DataError
 from prg.images.decoded import load_split
 from prg.images.held_out import key_of
 from prg.images.sets import Images, same_classes
+from prg.images.splits import splits
 
 SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -14,7 +14,9 @@ import pytest
 from prg.cli import main
 from prg.client import Client
 from prg.embed import partitions
-from prg.embed.engines import Local, Remote, Rows
+from prg.embed.engines import Rows
+from prg.embed.local import Local
+from prg.embed.remote import Remote
 from service.settings import Settings
 from tests.serving import served
 from tests.tiny import png, tiny_fingerprint, write_tiny_entry

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from entry.config import ImageSpec
-from prg.images import DataError, splits
+from prg.errors import DataError
 from prg.images.decoded import load_split
 from prg.images.sets import Images, same_classes
-from prg.images.splits import choose_split
+from prg.images.splits import choose_split, splits
 from tests.tiny import png
 
 SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)

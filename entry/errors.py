@@ -1,0 +1,28 @@
+"""What a person can mend: an entry that can't be used, a package that is not installed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+OURS = ("entry", "prg", "service")
+
+
+class EntryError(ValueError):
+    """An entry that can't be used; the message names the file, the key and what to do."""
+
+
+class PackageError(RuntimeError):
+    """A package that is not installed; the message names the extra that brings it."""
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """All that is imported in here comes with this extra. Raises PackageError for a package that is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        package = str(missing.name).partition(".")[0]
+        if package in OURS:
+            raise
+        raise PackageError(
+            f"{package} is not installed; pip install 'prg-service[{extra}]' (in a checkout: make setup)"
+        ) from None
