@@ -231,9 +231,11 @@ class Server(uvicorn.Server):
 def _settings_help() -> str:
     lines = []
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in ("", None, ()) else field.default
+        default = field.get_default(call_default_factory=True)
         default = ",".join(default) if isinstance(default, tuple) else default
-        lines.append(f"  PRG_{name.upper()}={default}\n      {field.description or ''}")
+        lines.append(
+            f"  PRG_{name.upper()}={'' if default is None else default}\n      {field.description or ''}"
+        )
     return "\n".join(lines)
 
 

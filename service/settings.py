@@ -16,6 +16,14 @@ Positive = Annotated[int, Field(ge=1)]
 OTHER_VARIABLES = frozenset({"PRG_KEY", "PRG_METRICS_KEY_FILE", "PRG_PUBLISH", "PRG_TEST_DATA"})
 """No settings of the service: of `prg embed`, of the compose file, and of the tests."""
 
+SHIPPED = Path(__file__).parent / "model_repository"
+"""The default model's, which a wheel has and a checkout does not."""
+
+
+def _repository() -> Path:
+    here = Path("./model_repository")
+    return SHIPPED if SHIPPED.exists() and not here.exists() else here
+
 
 class SettingsError(ValueError):
     """A setting that can't be used; the message names the variable and what to do."""
@@ -32,8 +40,8 @@ class Settings(BaseSettings):
     """Where models run: in this process, or in Triton servers."""
     triton_url: Annotated[tuple[str, ...], NoDecode] = ("127.0.0.1:8001",)
     """Comma-separated host:port of the gRPC of one or several Tritons that serve the same models."""
-    model_repository: Path = Path("./model_repository")
-    """Folder of the entries that `prg export` writes; the embedded engine reads it."""
+    model_repository: Path = Field(default_factory=_repository)
+    """Folder of entries for the embedded engine; by default ./model_repository, or the shipped model without one."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

@@ -58,6 +58,18 @@ def test_an_empty_repository_is_refused(tmp_path: Path) -> None:
         create_app(Settings(model_repository=tmp_path))
 
 
+def test_without_a_repository_the_shipped_one_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Settings().model_repository == Path("model_repository")  # a checkout ships none
+    monkeypatch.setattr("service.settings.SHIPPED", tmp_path / "package")
+    write_tiny_entry(tmp_path / "package")
+    assert Settings().model_repository == tmp_path / "package"
+    (tmp_path / "model_repository").mkdir()
+    assert Settings().model_repository == Path("model_repository")
+    monkeypatch.setenv("PRG_MODEL_REPOSITORY", "elsewhere")
+    assert Settings().model_repository == Path("elsewhere")
+
+
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRG_MODELS", "a, b:1,b:2, c:1,c")
     monkeypatch.setenv("PRG_CORS_ORIGINS", "http://x:80/, HTTP://Y, https://z:8443,http://[::1]:3000")
