@@ -24,5 +24,5 @@ def needs(extra: str) -> Iterator[None]:
         if package in OURS:
             raise
         raise PackageError(
-            f"{package} is not installed; pip install 'prg-service[{extra}]' (in a checkout: make setup)"
+            f"the package {package} is missing; pip install 'prg-service[{extra}]' (in a checkout: make setup)"
         ) from None

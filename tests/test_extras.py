@@ -138,4 +138,4 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     done = run(extra, program, *(words.get(word, word) for word in arguments))
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1
-    assert f"is not installed; pip install 'prg-service[{named}]'" in done.stderr
+    assert f"is missing; pip install 'prg-service[{named}]'" in done.stderr
