@@ -8,7 +8,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY entry entry
 COPY prg prg
 COPY service service
-RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[embedded,train]'
+RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[train]'
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/tmp/huggingface MPLCONFIGDIR=/tmp/matplotlib
 USER 65532:65532
 WORKDIR /work
