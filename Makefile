@@ -1,25 +1,36 @@
 # The verbs, for a person and for CI alike. Each does its whole set-up on a fresh machine.
 PYTHON ?= python3
-# Where the CPU build of PyTorch comes from. For a CUDA build: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-TORCH = torch==2.13.0
+# The build of PyTorch: for a GPU, make setup DEVICE=cuda. TORCH_INDEX names any other index of builds. A choice stays until
+# another is made.
+DEVICE ?=
+TORCH_INDEX ?= $(or $(INDEX_$(DEVICE)),$(CHOSEN),$(INDEX_cpu))
+INDEX_cpu = https://download.pytorch.org/whl/cpu
+INDEX_cuda = https://download.pytorch.org/whl/cu130
+CHOSEN := $(shell cat .venv/.torch 2>/dev/null)
+ifneq ($(DEVICE),$(filter cpu cuda,$(DEVICE)))
+$(error DEVICE=$(DEVICE): it is cpu or cuda)
+endif
+# The index's builds are labelled, as 2.13.0+cu130 is, but for macOS. Without its label pip would keep any build it has.
+LABEL = $(if $(filter Darwin,$(shell uname)),,$(filter cpu cu% rocm%,$(notdir $(TORCH_INDEX))))
+TORCH = torch==2.13.0$(addprefix +,$(LABEL))
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check
 RUN = .venv/bin/
 ifneq ($(wildcard ../shared/data),)
 export PRG_TEST_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup serve test check format bench docs clean
+.PHONY: help setup serve test check format bench docs clean another
 
 help: ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-.venv/.torch:
+# Holds the choice; another one makes it again, and what rests on it.
+.venv/.torch: $(if $(filter-out $(CHOSEN),$(TORCH_INDEX)),another)
 	@test -x .venv/bin/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing $(TORCH)"
-	@# A CPU build that pip already knows of (a wheel on disk), or else the one of TORCH_INDEX.
-	@$(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) "$(TORCH)" --index-url $(TORCH_INDEX)
-	@touch $@
+	@# A build that pip already knows of (a wheel on disk), or else that of TORCH_INDEX.
+	@$(if $(LABEL),$(PIP) "$(TORCH)" 2>/dev/null ||) $(PIP) "$(TORCH)" --index-url $(TORCH_INDEX)
+	@echo $(TORCH_INDEX) > $@
 
 .venv/.serve: .venv/.torch pyproject.toml constraints.txt
 	@echo "installing what the service needs"
