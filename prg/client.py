@@ -3,29 +3,27 @@
 import asyncio
 import base64
 import contextlib
-import io
-import os
+import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 
 import httpx
 import numpy as np
-import PIL.Image
 
+from prg.bounded import in_tasks, in_threads
 from prg.errors import PrgError
+from prg.uploads import Files, Images, portions
 
-Image = str | Path | bytes | np.ndarray | PIL.Image.Image
-"""A file's path, its content, pixels uint8 [H, W, 3], or what Pillow opened."""
-Images = Image | Iterable[Image]
 T = TypeVar("T")
+Work = Callable[[tuple[int, Files]], Coroutine[Any, Any, None]]
+"""On the files of a request, by its number."""
 Http = TypeVar("Http", httpx.AsyncClient, httpx.Client)
 URL = "http://127.0.0.1:8000"
-REQUEST_IMAGES = 32
-REQUEST_BYTES = 24 << 20
+CONCURRENCY = 4
+"""Requests in flight at once: the service decodes some while its model computes others."""
 RETRIES = 6
 """How often a request is sent again that was refused for load, or met no server."""
 REFUSED_RETRIES = 3
@@ -98,13 +96,17 @@ class ClassifyOptions(TypedDict, total=False):
 class AsyncClient:
     """Calls a service; waits and tries again where it is asked to (Retry-After) or meets no server.
 
-    Images may be any number: they travel in several requests. A file that can't be read is an error of its row.
+    Images may be any number: they travel in several requests, of which `concurrency` are in flight at once. The first
+    that fails cancels the others. A file that can't be read is an error of its row.
     Proxies of the environment are used, but not for this machine. Raises ServiceError for an answer that is an error,
     NoServiceError where no service answers, PrgError for a url or a proxy that can't be used.
     """
 
-    def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
+    def __init__(
+        self, url: str = URL, key: str | None = None, timeout_s: float = 60, concurrency: int = CONCURRENCY
+    ) -> None:
         self._http = _connected(httpx.AsyncClient, url, key, timeout_s)
+        self._concurrency = _at_least_one(concurrency)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -139,30 +141,28 @@ class AsyncClient:
         self, path: str, images: Images, options: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(an answer, the items of all) of as many requests as the images need, all of the same weights."""
-        facts: dict[str, Any] | None = None
-        items: list[dict[str, Any]] = []
-        refused: ServiceError | None = None
-        unreadable: dict[int, str] = {}
-        for files in _portions(images, unreadable):
-            try:
-                answer = _read(await self._request("POST", path, files=files, data=options))
-            except ServiceError as error:
-                if error.status != 413 or len(files) > 1:
-                    raise
-                refused = error  # one image larger than a whole request may be: an error of its own
-                items.append({"error": {"detail": str(error)}})
-                continue
-            if facts and answer["fingerprint"] != facts["fingerprint"]:
-                raise ServiceError(409, "the model was replaced between two requests; ask again")
-            facts = answer
-            items.extend(answer["data"])
-        if refused and not facts:
-            raise refused
-        if not facts:
-            raise ValueError("no images")
-        for row, reason in unreadable.items():
-            items[row] = {"error": {"detail": reason}}
-        return facts, items
+        found = _Found()
+
+        async def one(portion: tuple[int, Files]) -> None:
+            number, files = portion
+            found.add(number, await self._answer(path, files, options))
+
+        await self._each(one, enumerate(portions(images, _levels(options), found.unreadable)))
+        return found.together()
+
+    async def _each(self, work: Work, pieces: Iterable[tuple[int, Files]]) -> None:
+        await in_tasks(work, pieces, self._concurrency)
+
+    async def _answer(
+        self, path: str, files: Files, options: Mapping[str, Any]
+    ) -> "dict[str, Any] | ServiceError":
+        """The answer to one request; of one image larger than a request may be, the refusal."""
+        try:
+            return _read(await self._request("POST", path, files=files, data=options))
+        except ServiceError as error:
+            if error.status != 413 or len(files) > 1:
+                raise
+            return error
 
     async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
         """The answer to one request, asked again where that makes sense."""
@@ -192,24 +192,68 @@ class AsyncClient:
         await asyncio.sleep(seconds)
 
 
-class _Blocking(AsyncClient):
-    """Waits by blocking its thread, so that its coroutines never give control away."""
+class _Found:
+    """What several requests were answered, put together in the order of the images; threads may share one."""
 
-    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
-        self._blocking = _connected(httpx.Client, url, key, timeout_s)
+    def __init__(self) -> None:
+        self.unreadable: dict[int, str] = {}
+        self._items: dict[int, list[dict[str, Any]]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        """An answer, by the fingerprint of the weights."""
+        self._refused: ServiceError | None = None
+
+    def add(self, number: int, answer: dict[str, Any] | ServiceError) -> None:
+        """The answer to the request of that number. Raises ServiceError where it is of other weights."""
+        if isinstance(answer, ServiceError):
+            self._refused = answer
+            self._items[number] = [{"error": {"detail": str(answer)}}]
+            return
+        self._facts[answer["fingerprint"]] = answer
+        if len(self._facts) > 1:
+            raise ServiceError(409, "the model was replaced between two requests; ask again")
+        self._items[number] = answer["data"]
+
+    def together(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(an answer, the items of all)."""
+        if not self._facts:
+            raise self._refused or ValueError("no images")
+        [facts] = self._facts.values()
+        items = [item for number in sorted(self._items) for item in self._items[number]]
+        for row, reason in self.unreadable.items():
+            items[row] = {"error": {"detail": reason}}
+        return facts, items
+
+
+class _Blocking(AsyncClient):
+    """One call that waits by blocking its threads, so that its coroutines never give control away."""
+
+    def __init__(self, http: httpx.Client, concurrency: int) -> None:
+        self._blocking = http
+        self._concurrency = concurrency
+        self._over = threading.Event()
+
+    async def _each(self, work: Work, pieces: Iterable[tuple[int, Files]]) -> None:
+        try:
+            in_threads(lambda piece: _now(work(piece)), pieces, self._concurrency)
+        finally:
+            self._over.set()
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         return self._blocking.request(method, path, **content)
 
     async def _sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+        if self._over.wait(seconds):
+            raise asyncio.CancelledError
 
 
 class Client:
-    """The same without asyncio, in the thread that calls; threads may share one."""
+    """The same without asyncio; threads may share one."""
 
-    def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 60) -> None:
-        self._client = _Blocking(url, key, timeout_s)
+    def __init__(
+        self, url: str = URL, key: str | None = None, timeout_s: float = 60, concurrency: int = CONCURRENCY
+    ) -> None:
+        self._http = _connected(httpx.Client, url, key, timeout_s)
+        self._concurrency = _at_least_one(concurrency)
 
     def __enter__(self) -> "Client":
         return self
@@ -219,19 +263,22 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._client._blocking.close()
+        self._http.close()
 
     def embed(self, images: Images, **options: Unpack[EmbedOptions]) -> Embeddings:
         """Embeddings of images."""
-        return _now(self._client.embed(images, **options))
+        return _now(self._call().embed(images, **options))
 
     def classify(self, images: Images, **options: Unpack[ClassifyOptions]) -> Classes:
         """Classes of images."""
-        return _now(self._client.classify(images, **options))
+        return _now(self._call().classify(images, **options))
 
     def models(self) -> dict[str, Any]:
         """What GET /models answers."""
-        return _now(self._client.models())
+        return _now(self._call().models())
+
+    def _call(self) -> _Blocking:
+        return _Blocking(self._http, self._concurrency)
 
 
 def _now(work: Coroutine[Any, Any, T]) -> T:
@@ -288,39 +335,16 @@ def _wait_s(response: httpx.Response | None, attempt: int) -> float:
     return min(seconds, LONGEST_WAIT_S)
 
 
-def _portions(images: Images, unreadable: dict[int, str]) -> Iterator[list[tuple[str, tuple[str, bytes]]]]:
-    """Files of one request each. One that can't be read travels empty, and its reason goes to `unreadable`."""
-    files: list[tuple[str, tuple[str, bytes]]] = []
-    size = 0
-    for row, image in enumerate([images] if isinstance(images, Image) else images):
-        try:
-            name, content = _file(image)
-        except OSError as error:
-            name, content, unreadable[row] = "unreadable", b"", str(error)
-        if files and (len(files) == REQUEST_IMAGES or size + len(content) > REQUEST_BYTES):
-            yield files
-            files, size = [], 0
-        files.append(("files", (name, content)))
-        size += len(content)
-    if files:
-        yield files
+def _levels(options: Mapping[str, Any]) -> int:
+    """How many rows an image is to the service."""
+    t_end = options.get("t_end")
+    return len(t_end) if isinstance(t_end, list) else 1
 
 
-def _file(image: Image) -> tuple[str, bytes]:
-    """(name, content) of one image. Raises OSError."""
-    if isinstance(image, bytes):
-        return "image", image
-    if isinstance(image, str | Path):
-        return _name(Path(image)), Path(image).read_bytes()
-    picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return "image.png", file.getvalue()
-
-
-def _name(path: Path) -> str:
-    """For the service, a name of UTF-8 whatever bytes the file's own has."""
-    return os.fsencode(path.name).decode(errors="replace")
+def _at_least_one(concurrency: int) -> int:
+    if concurrency < 1:
+        raise PrgError(f"concurrency = {concurrency}: must be at least 1")
+    return concurrency
 
 
 def _errors(items: list[dict[str, Any]]) -> dict[int, str]:

@@ -97,7 +97,8 @@ def check_repository(settings: Settings) -> None:
         return
     if importlib.util.find_spec("torch") is None:
         raise SettingsError(
-            "PRG_ENGINE=embedded: the package torch is missing; pip install 'prg-service[embedded]', or say PRG_ENGINE=triton"
+            "PRG_ENGINE=embedded: the package torch is missing; pip install 'prg-service[embedded]', "
+            "or say PRG_ENGINE=triton"
         )
     repository = settings.model_repository
     if not repository.is_dir():

@@ -1,9 +1,13 @@
 """The client against the service itself, and what it does when that refuses."""
 
 import asyncio
+import base64
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -15,9 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prg import client as module
 from prg.client import AsyncClient, Client, NoServiceError, ServiceError
 from prg.errors import PrgError
+from prg.uploads import REQUEST_BYTES, REQUEST_ROWS
 from service.app import create_app
 from service.settings import Settings
 from tests.serving import served
@@ -119,10 +123,17 @@ class Script:
 def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Any) -> tuple[Client, Script]:
     script = Script(*steps)
 
-    monkeypatch.setattr("time.sleep", script.waited.append)
-    found = Client()
-    found._client._blocking = httpx.Client(transport=httpx.MockTransport(script), base_url="http://service")
-    return found, script
+    async def sleep(_: object, seconds: float) -> None:
+        script.waited.append(seconds)
+
+    monkeypatch.setattr("prg.client._Blocking._sleep", sleep)
+    return client_of(script), script
+
+
+def client_of(service: Callable[[httpx.Request], httpx.Response], **options: Any) -> Client:
+    found = Client(**options)
+    found._http = httpx.Client(transport=httpx.MockTransport(service), base_url="http://service")
+    return found
 
 
 def test_it_waits_as_long_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,19 +155,154 @@ def test_a_proxy_may_ask_by_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_image_larger_than_a_request_may_be_fails_alone() -> None:
     def service(request: httpx.Request) -> httpx.Response:
-        if len(request.content) > module.REQUEST_BYTES:
+        if len(request.content) > REQUEST_BYTES:
             return httpx.Response(413, json={"detail": "at most 100,000 bytes"})
         facts = {"model": "m", "fingerprint": "f", "dim": 1}
         return httpx.Response(200, json=facts | {"data": [{"index": 0, "embedding": "AACAPw=="}]})
 
-    found = Client()
-    found._client._blocking = httpx.Client(transport=httpx.MockTransport(service), base_url="http://service")
-    answer = found.embed([RED, bytes(module.REQUEST_BYTES), BLUE])
+    found = client_of(service)
+    answer = found.embed([RED, bytes(REQUEST_BYTES), BLUE])
     assert list(answer.errors) == [1]
     assert "100,000 bytes" in answer.errors[1]
     assert answer.vectors[[0, 2], 0].tolist() == [1, 1]
     with pytest.raises(ServiceError, match="413"):
-        found.embed([bytes(module.REQUEST_BYTES)])
+        found.embed([bytes(REQUEST_BYTES)])
+
+
+def answer(request: httpx.Request, fingerprint: str = "f") -> httpx.Response:
+    """Of a service whose embedding of the image b"image N." is [N]."""
+    numbers = [float(n) for n in re.findall(rb"image (\d+)\.", request.content)]
+    data = [{"embedding": base64.b64encode(np.float32([n]).tobytes()).decode()} for n in numbers]
+    return httpx.Response(200, json={"model": "m", "fingerprint": fingerprint, "dim": 1, "data": data})
+
+
+def numbered(count: int, read: list[int] | None = None) -> Iterator[bytes]:
+    for number in range(count):
+        if read is not None:
+            read.append(number)
+        yield b"image %d." % number
+
+
+def test_several_requests_are_in_flight_and_answers_stay_in_order() -> None:
+    meeting, lock = threading.Barrier(3), threading.Lock()
+    answered, read = [], []
+
+    def service(request: httpx.Request) -> httpx.Response:
+        assert len(read) - sum(answered) <= (3 + 1) * REQUEST_ROWS + 1  # no more is held in memory
+        meeting.wait(30)  # three at once, or an error
+        found = answer(request)
+        with lock:
+            answered.append(len(found.json()["data"]))
+        time.sleep(0.01 * (len(answered) % 3))
+        return found
+
+    count = 6 * REQUEST_ROWS
+    found = client_of(service, concurrency=3).embed(numbered(count, read))
+    assert found.vectors[:, 0].tolist() == list(range(count))
+
+
+def test_concurrency_is_bounded() -> None:
+    running, most = 0, 0
+
+    async def service(request: httpx.Request) -> httpx.Response:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+        return answer(request)
+
+    async def scene() -> None:
+        async with AsyncClient(concurrency=2) as found:
+            found._http = httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://service")
+            vectors = (await found.embed(numbered(300))).vectors
+        assert vectors[:, 0].tolist() == list(range(300))
+
+    asyncio.run(scene())
+    assert most == 2
+    with pytest.raises(PrgError, match="at least 1"):
+        Client(concurrency=0)
+
+
+def test_the_first_failure_ends_the_others() -> None:
+    asked, others = [], threading.active_count()
+
+    def service(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if b"image 0." not in request.content:
+            return httpx.Response(503, headers={"Retry-After": "60"}, json={"detail": "busy"})
+        while len(asked) < 4:
+            time.sleep(0.001)
+        return httpx.Response(422, json={"detail": "no such option"})
+
+    with pytest.raises(ServiceError, match="no such option"):
+        client_of(service).embed(numbered(1000))
+    until = time.monotonic() + 30
+    while threading.active_count() > others and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() <= others  # none waits out its minute
+    assert len(asked) == 4
+
+
+def test_the_first_failure_cancels_the_others_of_asyncio() -> None:
+    asked, cancelled = [], []
+
+    async def service(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if len(asked) == 3:
+            return httpx.Response(422, json={"detail": "no such option"})
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.append(request)
+            raise
+        return answer(request)
+
+    async def scene() -> None:
+        async with AsyncClient(concurrency=3) as found:
+            found._http = httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://service")
+            with pytest.raises(ServiceError, match="no such option"):
+                await found.embed(numbered(1000))
+
+    asyncio.run(scene())
+    assert (len(asked), len(cancelled)) == (3, 2)
+
+
+def test_answers_of_two_models_are_not_mixed() -> None:
+    def service(request: httpx.Request) -> httpx.Response:
+        return answer(request, "old" if b"image 0." in request.content else "new")
+
+    with pytest.raises(ServiceError, match="409: the model was replaced"):
+        client_of(service).embed(numbered(100))
+
+
+def test_levels_count_as_rows_of_a_request() -> None:
+    sizes = []
+
+    def service(request: httpx.Request) -> httpx.Response:
+        data = [{"embeddings": [{"embedding": "AACAPw=="}] * 8}] * len(answer(request).json()["data"])
+        sizes.append(len(data))
+        return httpx.Response(200, json={"model": "m", "fingerprint": "f", "dim": 1, "data": data})
+
+    levels = [k / 8 for k in range(8)]
+    assert client_of(service).embed(numbered(10), t_end=levels).vectors.shape == (10, 8, 1)
+    assert max(sizes) * 8 <= REQUEST_ROWS
+
+
+def test_an_error_of_the_images_themselves_is_raised_as_it_is(client: Client) -> None:
+    def broken() -> Iterator[bytes]:
+        yield from numbered(100)
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        client.embed(broken())
+
+    async def scene() -> None:
+        async with AsyncClient(str(client._http.base_url)) as found:
+            with pytest.raises(LookupError, match="no more"):
+                await found.embed(broken())
+
+    asyncio.run(scene())
 
 
 def test_a_client_that_nobody_closes_lets_the_program_end() -> None:
@@ -183,7 +329,7 @@ def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_proxies_are_not_for_this_machine(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = str(client._client._blocking.base_url)
+    address = str(client._http.base_url)
     for name in ("ALL_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "socks5://127.0.0.1:9")
     with Client(f" {address} ") as found:
