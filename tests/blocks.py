@@ -147,6 +147,10 @@ def check_words(where: str, environment: dict[str, str], words: list[str]) -> No
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         lists = [project["dependencies"], *project["optional-dependencies"].values()]
         known = {re.split(r"[\[><=!~]", entry)[0] for entries in lists for entry in entries}
+        for extra in (
+            e for group in re.findall(r"\[([\w,]+)\]", " ".join(arguments)) for e in group.split(",")
+        ):
+            assert extra in project["optional-dependencies"], f"{where}: pyproject.toml has no extra {extra}"
         asked = {w.strip("'\"") for w in arguments[arguments.index("install") + 1 :] if w[0] not in "-."}
         assert asked <= known, f"{where}: pyproject.toml does not name {asked - known}"
 

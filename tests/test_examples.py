@@ -81,7 +81,7 @@ def test_options_in_running_text_exist() -> None:
     known = {word for sub in actions for word in sub._option_string_actions}
     for script in (*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf-8")))
-    known |= {"--new-key", "--scopes", "--wait", "--rm"}
+    known |= {"--new-key", "--scopes", "--wait", "--rm", "--no-deps"}
     known |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # of torchrun
     assert asked <= known
     assert "--dry-run" in asked
@@ -104,6 +104,7 @@ def page_of(tmp_path: Path, text: str) -> Block:
         "docker compose logs gatewy",
         "COMPOSE_PROFILES=tpu docker compose up",
         "pip install faiss-gpu",
+        "pip install './prg_service-0.1.0-py3-none-any.whl[everything]'",
         "for x in; do",
     ],
 )
@@ -165,6 +166,7 @@ def test_marks_say_why() -> None:
         "needs several GPUs",
         "takes hours",
         "needs nginx",
+        "installs packages",
         "a sketch",
         "needs files that others trained",
         "run by a test of its own",
