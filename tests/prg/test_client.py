@@ -289,16 +289,17 @@ def test_levels_count_as_rows_of_a_request() -> None:
     assert max(sizes) * 8 <= REQUEST_ROWS
 
 
-def test_an_error_of_the_images_themselves_is_raised_as_it_is(client: Client) -> None:
+def test_an_error_of_the_images_themselves_is_raised_as_it_is() -> None:
     def broken() -> Iterator[bytes]:
         yield from numbered(100)
         raise LookupError("no more")
 
     with pytest.raises(LookupError, match="no more"):
-        client.embed(broken())
+        client_of(answer).embed(broken())
 
     async def scene() -> None:
-        async with AsyncClient(str(client._http.base_url)) as found:
+        async with AsyncClient() as found:
+            found._http = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://service")
             with pytest.raises(LookupError, match="no more"):
                 await found.embed(broken())
 
