@@ -127,7 +127,7 @@ def _of_tiff(picture: Tiff.TiffImageFile, how: Declared) -> Declared:
     black, white = (
         float(tags.get(tag, (v,))[0]) for tag, v in ((S_MIN_SAMPLE, black), (S_MAX_SAMPLE, white))
     )
-    if not black < white < float("inf"):
+    if not -float("inf") < black < white < float("inf"):
         raise Unreadable(f"the TIFF declares numbers from {black:g} to {white:g}")
     if photometric == WHITE_IS_ZERO:
         black, white = white, black
