@@ -39,7 +39,7 @@ class ImageSpec(_Facts):
 
     size: Count
     resize: Count
-    preprocessing: Literal["v1"]
+    preprocessing: Literal["v2"]
     mean: tuple[float, float, float]
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 

@@ -1,6 +1,7 @@
 """Bytes of an image to uint8 [3, S, S]: every limit before decoding, then decoding."""
 
 import io
+import re
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,29 +10,41 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from entry.config import ImageSpec
-from entry.preprocessing import NotFinite, preprocess
+from entry.declarations import Unreadable
+from entry.preprocessing import preprocess, reduce_scale
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are parsed at all. Few and well-trodden, because parsers of exotic formats are where the
 holes are."""
-OTHERS = {
-    b"%PDF": "PDF",
-    b"8BPS": "Photoshop",
-    b"\x00\x00\x01\x00": "ICO",
-    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000",
-    b"v/1\x01": "OpenEXR",
-    b"#?RADIANCE": "Radiance HDR",
-    b"qoif": "QOI",
-    b"DDS ": "DDS",
-    b"farbfeld": "farbfeld",
-    b"<svg": "SVG",
-    b"<?xml": "SVG or other XML",
-    **{b"P%d" % number: "PNM" for number in range(1, 8)},
+DECLINED = (
+    (rb"%PDF", "PDF"),
+    (rb"8BPS", "Photoshop"),
+    (rb"\x00\x00\x01\x00", "ICO"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000"),
+    (rb"\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a", "JPEG XL"),
+    (rb"v/1\x01", "OpenEXR"),
+    (rb"#\?RADIANCE", "Radiance HDR"),
+    (rb"qoif", "QOI"),
+    (rb"DDS ", "DDS"),
+    (rb"farbfeld", "farbfeld"),
+    (rb".{0,250}<svg", "SVG"),
+    (rb"<\?xml", "SVG or other XML"),
+    (rb"P[1-7]", "PNM"),
+    (rb"....ftyp(....){0,16}avi[fs]", "AVIF"),
+    (rb"....ftyp(....){0,16}(hei[cxms]|hev[cxms]|mif1|msf1)", "HEIC (HEIF)"),
+    (rb"....ftypcrx ", "Canon raw"),
+    (rb"....(ftyp|moov|mdat|wide)|\x1aE\xdf\xa3|RIFF....AVI ", "a video"),
+)
+"""How files begin that are known, but not accepted -> what they are. The first that fits."""
+CONVERT = {
+    "HEIC (HEIF)": "convert it, as with `heif-convert photo.heic photo.jpg`, or set the phone to save JPEG",
+    "AVIF": "convert it, as with `avifdec photo.avif photo.png`",
+    "JPEG XL": "convert it, as with `djxl photo.jxl photo.png`",
+    "a video": "take a picture out of it, as with `ffmpeg -i video.mp4 -frames:v 1 picture.png`",
 }
-"""How files of some formats begin that are images, but not accepted."""
-
-
+STARTS = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP"}
+STARTS |= dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF")
+"""How files of the accepted formats begin."""
 LARGE_PIXELS = 12_000_000
 """Of pictures larger than this one is decoded at a time, whatever the number of threads: each can take hundreds
 of megabytes for a moment."""
@@ -53,13 +66,15 @@ class Limits:
 
     max_bytes: int = 20 << 20
     max_pixels: int = 50_000_000
+    formats: tuple[str, ...] = FORMATS
+    """Pillow's names. AVIF and HEIF work as well, but their decoders know no bounds of memory and time yet."""
 
 
 def load_image(data: bytes, spec: ImageSpec, limits: Limits = Limits()) -> np.ndarray:
     """Decode and preprocess one image file: uint8 [3, S, S].
 
     Raises ImageError: 413 over the byte or pixel cap (known from the header, before a pixel is decoded), 415
-    for a format that is not accepted, 422 for what can't be decoded or has pixels that are no numbers.
+    for a format that is not accepted, 422 for what can't be decoded, or only by guessing what its numbers mean.
     """
     if not data:
         raise ImageError(422, "Empty image", "the image is empty (0 bytes)")
@@ -79,11 +94,10 @@ def load_image(data: bytes, spec: ImageSpec, limits: Limits = Limits()) -> np.nd
                 f"at most {limits.max_pixels:,} are taken",
             )
         try:
-            with _large if pixels > LARGE_PIXELS else nullcontext():
-                return image_array(picture, spec)
-        except NotFinite as error:
+            return image_array(picture, spec)
+        except Unreadable as error:
             raise ImageError(
-                422, "Image not usable", f"{error}; give them values, in [0, 1] or in [0, 255]"
+                422, "Image not usable", f"{error}; save it with 8 bits a sample, as RGB or grey"
             ) from None
         except Exception as error:  # decoders raise nearly anything on hostile files; nothing else runs here
             raise ImageError(
@@ -95,13 +109,21 @@ def load_image(data: bytes, spec: ImageSpec, limits: Limits = Limits()) -> np.nd
 
 def image_array(picture: Image.Image, spec: ImageSpec) -> np.ndarray:
     """Preprocess an opened picture: uint8 [3, S, S]."""
-    return np.ascontiguousarray(np.asarray(preprocess(picture, spec)).transpose(2, 0, 1))
+    # libjpeg keeps a progressive picture whole, whatever the scale.
+    whole = picture.width * picture.height if "progressive" in picture.info else 0
+    extent = reduce_scale(picture, spec)
+    large = max(whole, picture.width * picture.height) > LARGE_PIXELS
+    with _large if large else nullcontext():
+        picture = preprocess(picture, spec, extent)
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
 def _open(data: bytes, limits: Limits) -> Image.Image:
     """Read the header. Pillow's own cap on pixels stays as it is, and is answered like ours."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        if "HEIF" in limits.formats:
+            _register_heif()
+        return Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(
             413,
@@ -109,21 +131,39 @@ def _open(data: bytes, limits: Limits) -> Image.Image:
             f"the image has far more than the {limits.max_pixels:,} pixels that are taken",
         ) from None
     except UnidentifiedImageError:
-        accepted = ", ".join(FORMATS)
-        for start, name in OTHERS.items():
-            if data.startswith(start) or (start == b"<svg" and b"<svg" in data[:256]):
-                raise ImageError(
-                    415, "Image format not accepted", f"{name} is not accepted; send {accepted}"
-                ) from None
-        if data[4:8] == b"ftyp":
-            raise ImageError(
-                415, "Image format not accepted", f"HEIF, AVIF and video are not accepted; send {accepted}"
-            ) from None
-        raise ImageError(
-            422, "Not an image", f"the bytes are no image, or are broken at the start; accepted: {accepted}"
-        ) from None
+        raise _unidentified(data, ", ".join(limits.formats)) from None
     except Exception as error:  # a header can make a parser raise nearly anything, too
         raise ImageError(422, "Image not decodable", f"the header is broken ({_line(error)})") from None
+
+
+def _unidentified(data: bytes, accepted: str) -> ImageError:
+    for start, name in DECLINED:
+        if re.match(start, data, re.DOTALL):
+            advice = f"; {CONVERT[name]}" if name in CONVERT else ""
+            return ImageError(
+                415, "Image format not accepted", f"{name} is not accepted; send {accepted}{advice}"
+            )
+    for beginning, name in STARTS.items():
+        if data.startswith(beginning):
+            return ImageError(
+                422,
+                "Image not decodable",
+                f"the {name} file is broken at the start, or of a kind that is not read; "
+                "save it with 8 bits a sample, as RGB or grey",
+            )
+    return ImageError(
+        422, "Not an image", f"the bytes are no image, or are broken at the start; accepted: {accepted}"
+    )
+
+
+def _register_heif() -> None:
+    try:
+        from pi_heif import register_heif_opener
+    except ImportError:
+        raise ImageError(
+            415, "Image format not accepted", "HEIC needs the package: pip install 'prg-service[heif]'"
+        ) from None
+    register_heif_opener()
 
 
 def _line(error: Exception) -> str:

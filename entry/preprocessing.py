@@ -1,12 +1,13 @@
-"""Preprocessing by id: upright, sRGB, no alpha, resized and cropped to what the network takes."""
+"""Preprocessing v2: upright, sRGB, no alpha, resized and cropped to what the network takes."""
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
 from entry.config import ImageSpec
+from entry.declarations import Declared, Unreadable, declared
 
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {
@@ -18,29 +19,46 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS, FROM_RIGHT, FROM_BOTTOM = {5, 6, 7, 8}, {2, 3, 6, 7}, {3, 4, 7, 8}
+"""Orientations that swap width and height; whose upright x counts down what is stored; whose upright y does."""
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of an ICC profile -> the Pillow mode it describes."""
+"""Colour space -> the Pillow mode in which a profile is applied to it."""
+REDUCE_TO = 4
+"""Times `resize` that a reduced JPEG has on its shorter side, at least. Large photographs differ by 2 grey levels at
+most from those decoded whole; of 500 to 800 pixels and sharp by 5, where twice `resize` would make it 10."""
 STRIP_ROWS = 64
 SRGB = ImageCms.createProfile("sRGB")
+PROBE = Image.fromarray(
+    np.stack(np.meshgrid(*[np.linspace(0, 255, 9).astype(np.uint8)] * 3), -1).reshape(27, 27, 3)
+)
+"""Colours from all of RGB [27, 27, 3]: a profile that leaves them as they are is sRGB, whatever it is called."""
 
 
-class NotFinite(ValueError):
-    """Pixels of floats that are no numbers."""
+def reduce_scale(picture: Image.Image, spec: ImageSpec) -> tuple[float, float]:
+    """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size: [W, H] of the whole picture in decoded pixels.
+
+    These are fractions where the last column or row is not of a whole pixel. Other pictures stay as they are.
+    """
+    enough = REDUCE_TO * spec.resize
+    drafted = picture.draft(None, (enough, enough))
+    return drafted[1][2:] if drafted else picture.size
 
 
-def preprocess(picture: Image.Image, spec: ImageSpec) -> Image.Image:
-    """An opened picture of any mode -> RGB of size x size, by the preprocessing that `spec` names."""
-    return PREPROCESSINGS[spec.preprocessing](picture, spec)
+def preprocess(
+    picture: Image.Image, spec: ImageSpec, extent: tuple[float, float] | None = None
+) -> Image.Image:
+    """An opened picture -> RGB of size x size. Raises Unreadable for what could only be guessed.
 
-
-def preprocess_v1(picture: Image.Image, spec: ImageSpec) -> Image.Image:
-    """EXIF upright; colour profile to sRGB; 16 bits to 8; alpha over white; first frame; RGB; shorter side to
-    `resize` (bicubic, antialiased); centre crop `size`."""
-    picture.load()  # TIFF turns itself upright here, and then says orientation 1
-    return resize_and_crop(upright(to_rgb(picture), orientation(picture)), spec.resize, spec.size)
-
-
-PREPROCESSINGS: dict[str, Callable[[Image.Image, ImageSpec], Image.Image]] = {"v1": preprocess_v1}
+    Numbers are read as the file declares them; colour profile to sRGB; alpha over white; first frame; RGB; EXIF
+    upright; shorter side to `resize` (bicubic, antialiased); centre crop `size`. `extent` is of `reduce_scale`.
+    """
+    # Before loading, which loses what the file said.
+    how = declared(picture)
+    low_bytes = _low_bytes(picture) if isinstance(how.transparent, tuple) else None
+    # TIFF turns itself upright here, and then says orientation 1.
+    picture.load()
+    turn, whole = orientation(picture), extent or picture.size
+    return resize_and_crop(*upright(to_rgb(picture, how, low_bytes), turn, whole), spec)
 
 
 def orientation(picture: Image.Image) -> int:
@@ -52,92 +70,137 @@ def orientation(picture: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def upright(picture: Image.Image, exif_orientation: int) -> Image.Image:
-    """The picture as it was meant to be seen."""
-    turn = UPRIGHT.get(exif_orientation)
-    return picture if turn is None else picture.transpose(turn)
+def upright(
+    picture: Image.Image, turn: int, extent: tuple[float, float]
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """The picture as it was meant to be seen; and the box of all that is meant by it, as `extent` says."""
+    picture = picture.transpose(UPRIGHT[turn]) if turn in UPRIGHT else picture
+    width, height = reversed(extent) if turn in SIDEWAYS else extent
+    left = picture.width - width if turn in FROM_RIGHT else 0
+    top = picture.height - height if turn in FROM_BOTTOM else 0
+    return picture, (left, top, left + width, top + height)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit sRGB, transparency over white."""
-    picture = to_8_bits(picture)
-    if not picture.has_transparency_data:
-        return to_srgb(picture, picture.info.get("icc_profile"))
-    with_alpha = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-    colours = to_srgb(with_alpha.convert("RGB"), picture.info.get("icc_profile"))
+def to_rgb(picture: Image.Image, how: Declared, low_bytes: np.ndarray | None = None) -> Image.Image:
+    """A loaded picture -> 8-bit sRGB, transparency over white."""
+    colours, alpha = to_8_bits(picture, how, low_bytes)
+    rgb = to_srgb(colours, how.space, picture.info.get("icc_profile"))
+    if alpha is None:
+        return rgb
     white = Image.new("RGB", picture.size, "white")
-    white.paste(colours, mask=with_alpha.getchannel("A"))
+    white.paste(rgb, mask=alpha)
     return white
 
 
-def to_8_bits(picture: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits scaled to 8; any other mode as it is.
+def to_8_bits(
+    picture: Image.Image, how: Declared, low_bytes: np.ndarray | None = None
+) -> tuple[Image.Image, Image.Image | None]:
+    """Colours of 8 bits in the file's own colour space; and alpha where there is any."""
+    if picture.mode == "F" or picture.mode.startswith("I;16"):
+        values = np.asarray(picture)  # [H, W]
+        opaque = None if how.transparent is None else _mask(values != how.transparent)
+        return Image.fromarray(_scaled(values.byteswap() if how.swapped else values, how)), opaque
+    if low_bytes is not None:
+        high, low = np.divmod(np.array(how.transparent), 256)
+        same = (np.asarray(picture) == high) & (low_bytes == low)  # [H, W, 3]
+        return picture, _mask(~same.all(-1))
+    if not picture.has_transparency_data:
+        return picture, None
+    # Pillow knows no way from La to RGBA.
+    with_alpha = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+    return with_alpha.convert("L" if how.space == "GRAY" else "RGB"), with_alpha.getchannel("A")
 
-    Integers are taken to fill 16 bits, which is what files of these modes hold; floats to lie in [0, 1], or
-    in [0, 255] if one is above 1. Raises NotFinite where a float is no number: whatever stood in for it
-    would be looked at like the picture.
-    """
-    if picture.mode.startswith("I"):
-        return _grey(np.asarray(picture), lambda v: (v.astype(np.int64).clip(0, 65535) + 128) // 257, picture)
-    if picture.mode == "F":
-        reals = np.asarray(picture)
-        strange = reals.size - np.count_nonzero(np.isfinite(reals))
-        if strange:
-            raise NotFinite(f"{strange:,} of {reals.size:,} pixels are NaN or infinite")
-        scale = 255 if reals.max(initial=0) <= 1 else 1
-        return _grey(reals, lambda v: (v * scale).clip(0, 255).round(), picture)
-    return picture
 
-
-def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB in sRGB; a profile that is broken, or made for another kind of picture, is passed over."""
-    if profile:
+def to_srgb(picture: Image.Image, space: str, profile: bytes | None) -> Image.Image:
+    """RGB in sRGB; a profile that is broken, or of another colour space than the file's, is ignored."""
+    if profile and space in PROFILE_MODES:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            described = PROFILE_MODES[source.profile.xcolor_space]
-            if ImageCms.getProfileDescription(source).startswith("sRGB") and described == "RGB":
-                return _rgb(picture)
-            converted = ImageCms.profileToProfile(picture.convert(described), source, SRGB, outputMode="RGB")
-            assert converted is not None  # None is for conversions in place
-            return converted
-        except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
+            if source.profile.xcolor_space == space:
+                return _convert(_in(PROFILE_MODES[space], picture), source)
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass
-    if picture.mode == "LAB":
-        converted = ImageCms.profileToProfile(picture, ImageCms.createProfile("LAB"), SRGB, outputMode="RGB")
-        assert converted is not None
-        return converted
-    return _rgb(picture)
+    return (
+        _convert(picture, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
+        if space == "Lab "
+        else _in("RGB", picture)
+    )
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    return picture if picture.mode == "RGB" else picture.convert("RGB")  # convert would copy it even so
+def _convert(picture: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+    transform = ImageCms.buildTransform(source, SRGB, picture.mode, "RGB")
+    if picture.mode == "RGB":
+        probed = np.asarray(ImageCms.applyTransform(PROBE, transform)).astype(int)
+        if np.abs(probed - np.asarray(PROBE)).max() <= 1:
+            return picture
+    converted = ImageCms.applyTransform(picture, transform)
+    # None is for conversions in place.
+    assert converted is not None
+    return converted
 
 
-def resize_and_crop(picture: Image.Image, resize: int, size: int) -> Image.Image:
-    """Shorter side to `resize`, then the centre `size` x `size`.
+def _in(mode: str, picture: Image.Image) -> Image.Image:
+    # Image.convert copies a picture that is in this mode already.
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def resize_and_crop(
+    picture: Image.Image, whole: tuple[float, float, float, float], spec: ImageSpec
+) -> Image.Image:
+    """Shorter side of the box to `resize`, then its centre `size` x `size`.
 
     Both in one resampling of the part that the crop needs: the same pixels as one after the other, but a
     picture of 1 x 65,535 does not grow to 32 x 2,097,120 on the way.
     """
-    width, height = picture.size
-    shorter = min(width, height)
-    wide, high = round(width * resize / shorter), round(height * resize / shorter)
-    left, top = (wide - size) // 2, (high - size) // 2
-    if (wide, high) == (width, height):
-        return picture.crop((left, top, left + size, top + size))
-    x, y = width / wide, height / high
-    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    left, top, right, bottom = whole
+    width, height, shorter = right - left, bottom - top, min(right - left, bottom - top)
+    wide, high = round(width * spec.resize / shorter), round(height * spec.resize / shorter)
+    x, y = (wide - spec.size) // 2, (high - spec.size) // 2
+    if (wide, high) == picture.size:
+        return picture.crop((x, y, x + spec.size, y + spec.size))
+    # Source pixels for one of the result.
+    across, down = width / wide, height / high
+    box = (
+        left + x * across,
+        top + y * down,
+        min(left + (x + spec.size) * across, right),
+        min(top + (y + spec.size) * down, bottom),
+    )
+    return picture.resize((spec.size, spec.size), Image.Resampling.BICUBIC, box=box)
 
 
-def _grey(
-    values: np.ndarray, to_8_bits: Callable[[np.ndarray], np.ndarray], picture: Image.Image
-) -> Image.Image:
-    """Converted in strips, because the wide numbers in between would take eight times a large picture's memory."""
+def _scaled(values: np.ndarray, how: Declared) -> np.ndarray:
+    """Numbers [H, W] between black and white -> uint8 [H, W].
+
+    In strips, because the wide numbers in between would take eight times a large picture's memory.
+    """
+    low, high = sorted((how.black, how.white))
+    half_a_level = (high - low) / 510
+    strips = [values[top : top + STRIP_ROWS] for top in range(0, len(values), STRIP_ROWS)]
+    inside = sum(np.count_nonzero((s >= low - half_a_level) & (s <= high + half_a_level)) for s in strips)
+    if inside < values.size:
+        raise Unreadable(
+            f"{values.size - inside:,} of {values.size:,} pixels are NaN, infinite or outside [{low:g}, {high:g}]"
+        )
     converted = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), STRIP_ROWS):
-        converted[top : top + STRIP_ROWS] = to_8_bits(values[top : top + STRIP_ROWS])
-    grey = Image.fromarray(converted)
-    if "icc_profile" in picture.info:
-        grey.info["icc_profile"] = picture.info["icc_profile"]
-    return grey
+    for i, strip in enumerate(strips):
+        share = (strip.astype(np.float64) - how.black) / (how.white - how.black)
+        converted[i * STRIP_ROWS : (i + 1) * STRIP_ROWS] = (share * 255).round().clip(0, 255)
+    return converted
+
+
+def _low_bytes(picture: Image.Image) -> np.ndarray:
+    """The lower bytes [H, W, 3] of a PNG of 3 x 16 bits, which Pillow drops: they tell what is transparent."""
+    assert isinstance(picture, PngImageFile)
+    assert picture.fp is not None
+    at = picture.fp.tell()
+    picture.fp.seek(0)
+    again = Image.open(io.BytesIO(picture.fp.read()), formats=("PNG",))
+    picture.fp.seek(at)
+    # The file has the high byte first. To read it as low byte first is to get the other one.
+    again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
+    return np.asarray(again)
+
+
+def _mask(shown: np.ndarray) -> Image.Image:
+    return Image.fromarray(shown.astype(np.uint8) * np.uint8(255))

@@ -75,7 +75,7 @@ class Image(Section):
     @property
     def spec(self) -> ImageSpec:
         """The same facts, as they go into an entry."""
-        return ImageSpec(size=self.size, resize=self.resize, preprocessing="v1", mean=self.mean, std=self.std)
+        return ImageSpec(size=self.size, resize=self.resize, preprocessing="v2", mean=self.mean, std=self.std)
 
 
 class Optimisation(Section):

@@ -61,12 +61,22 @@ DEADLINE_EXCEEDED = ProblemType("Deadline exceeded", 504, "the answer was not re
 URL_REFUSED = ProblemType("URL refused", 403, "the URL is malformed or private, or URLs are off", "image")
 IMAGE_TOO_LARGE = ProblemType("Image too large", 413, "the image has too many bytes or pixels", "image")
 IMAGE_FORMAT_NOT_ACCEPTED = ProblemType(
-    "Image format not accepted", 415, "the format is not accepted", "image"
+    "Image format not accepted",
+    415,
+    "the format is known, but not accepted, such as HEIC or a video",
+    "image",
 )
 EMPTY_IMAGE = ProblemType("Empty image", 422, "the image has 0 bytes", "image")
 NOT_AN_IMAGE = ProblemType("Not an image", 422, "the bytes are not an image", "image")
-IMAGE_NOT_DECODABLE = ProblemType("Image not decodable", 422, "the image is broken or truncated", "image")
-IMAGE_NOT_USABLE = ProblemType("Image not usable", 422, "pixels are NaN or infinite", "image")
+IMAGE_NOT_DECODABLE = ProblemType(
+    "Image not decodable", 422, "the image is broken, truncated, or of a kind that is not read", "image"
+)
+IMAGE_NOT_USABLE = ProblemType(
+    "Image not usable",
+    422,
+    "what the numbers of the pixels mean is not declared, or they are outside of it",
+    "image",
+)
 NOT_BASE64 = ProblemType("Not base64", 422, "the image is not valid base64", "image")
 NOT_A_DATA_URI = ProblemType("Not a data URI", 422, "the text is not a data URI in base64", "image")
 URL_NOT_READABLE = ProblemType("URL not readable", 422, "the image's URL cannot be read", "image")

@@ -84,7 +84,7 @@ def write_tiny_entry(
         solver="euler",
         steps=1,
         nfe=2,
-        image=ImageSpec(size=size, resize=size, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3),
+        image=ImageSpec(size=size, resize=size, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3),
         t_end=t_end,
         feature="hidden",
         features=Features(state=StateFeature(dim=768), hidden=HiddenFeature(dim=4, layers=("middle_block",))),

@@ -82,7 +82,7 @@ def change(directory: Path, edit: object) -> None:
         (lambda t: t.pop("labels"), "labels and classify_t_end"),
         (lambda t: t.update(labels=["a", "a", "b", "c"]), "labels"),
         (lambda t: t.update(labels=["a"]), "output LOGITS"),
-        (lambda t: t["image"].update(preprocessing="v2"), "prg.image.preprocessing"),
+        (lambda t: t["image"].update(preprocessing="v1"), "prg.image.preprocessing"),
         (lambda t: t["image"].update(resize=16), "resize"),
         (lambda t: t["image"].update(size=16, resize=16), "input IMAGE"),
         (lambda t: t["image"].update(std=[1, 0, 1]), "prg.image.std.1"),

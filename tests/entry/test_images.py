@@ -8,18 +8,20 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from entry import images
+from entry import images, preprocessing
 from entry.config import ImageSpec
 from entry.images import FORMATS, ImageError, Limits, image_array, load_image
-from tests.tiny import png
+from entry.preprocessing import preprocess
+from tests.golden.preprocessing.make import picture, png, tiff
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "preprocessing"
-SPEC = ImageSpec(size=32, resize=32, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
+SPEC = ImageSpec(size=32, resize=32, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
 DATA = os.environ.get("PRG_TEST_DATA")
 
 
@@ -28,31 +30,221 @@ def test_golden_vectors(name: str) -> None:
     expected = np.load(GOLDEN / "expected.npz")[name]
     found = load_image((GOLDEN / name).read_bytes(), SPEC)
     assert found.dtype == np.uint8
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    # Of a large JPEG, which is decoded at a reduced scale, a level more.
+    assert difference(found, expected) <= 1 + name.startswith("large")
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other).max())
 
 
 @pytest.mark.parametrize("size", [(1, 65_535), (65_535, 1), (1, 1), (2, 31), (33, 32)])
-@pytest.mark.parametrize(
-    "mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "LA", "CMYK", "YCbCr", "LAB", "F", "I"]
-)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "LA", "CMYK", "YCbCr", "LAB", "F"])
 def test_any_shape_and_mode(size: tuple[int, int], mode: str) -> None:
     assert image_array(Image.new(mode, size), SPEC).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_tiff_of_floats_that_are_no_numbers_is_refused(value: float) -> None:
-    pixels = np.linspace(0, 1, 40 * 40, dtype=np.float32).reshape(40, 40)
+SHARES = picture(32, 32, 4) / 255  # [32, 32, 4], in [0, 1]
+GREY, RGB, ALPHA = SHARES[..., :1], SHARES[..., :3], SHARES[..., 3:]
+LEVELS = (GREY * 15).round().astype(np.int64)
 
-    def tiff() -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "TIFF")
-        return buffer.getvalue()
 
-    assert np.ptp(load_image(tiff(), SPEC)) > 200
-    pixels[3, 4] = value
-    with pytest.raises(ImageError, match="1 of 1,600 pixels are NaN or infinite") as refused:
-        load_image(tiff(), SPEC)
-    assert refused.value.status == 422
+def of(bits: int, *shares: np.ndarray) -> np.ndarray:
+    return (np.concatenate(shares, -1) * (2**bits - 1)).round().astype(np.int64)
+
+
+def over_white(colours: np.ndarray, alpha: np.ndarray = ALPHA) -> np.ndarray:
+    return colours * alpha + 1 - alpha
+
+
+def floats(shares: np.ndarray) -> np.ndarray:
+    return shares.astype(np.float32)
+
+
+REAL, SIGNED = [3], [2]
+KEY = of(16, RGB)[3, 4]
+NEARLY = np.where(np.arange(1024).reshape(32, 32, 1) == 400, np.add(KEY, (0, 0, 1)), of(16, RGB))
+AT_KEY = np.arange(1024).reshape(32, 32, 1) == 3 * 32 + 4
+
+
+@pytest.mark.parametrize(
+    ("data", "meant"),
+    {
+        "12 bits": (tiff(of(12, GREY), 12, 1), GREY),
+        "12 bits in 16": (tiff(of(12, GREY), 16, 1, t281=[4095]), GREY),
+        "14 bits in 16": (tiff(of(14, GREY), 16, 1, t340=[0], t341=[2**14 - 1]), GREY),
+        "16 bits, whatever its brightest pixel": (tiff(of(16, GREY), 16, 1, t281=[60_000]), GREY),
+        "16 bits, white is zero": (tiff(of(16, 1 - GREY), 16, 0), GREY),
+        "16 bits, big-endian, deflated": (tiff(of(16, GREY), 16, 1, ">", deflate=True), GREY),
+        "4 bits, white is zero": (tiff(of(4, 1 - LEVELS / 15), 4, 0), LEVELS / 15),
+        "1 bit, white is zero": (tiff(of(1, GREY), 1, 0), 1 - of(1, GREY)),
+        "floats": (tiff(floats(GREY), 32, 1, t339=REAL), GREY),
+        "floats, white is zero": (tiff(floats(1 - GREY), 32, 0, t339=REAL), GREY),
+        "floats, big-endian": (tiff(floats(GREY), 32, 1, ">", t339=REAL), GREY),
+        "floats, big-endian, deflated": (tiff(floats(GREY), 32, 1, ">", deflate=True, t339=REAL), GREY),
+        "floats of a declared range": (
+            tiff(floats(GREY * 300 - 50), 32, 1, t339=REAL, t340=[-50.0], t341=[250.0]),
+            GREY,
+        ),
+        "grey, alpha": (tiff(of(8, GREY, ALPHA), 8, 1, t338=[2]), over_white(GREY)),
+        "grey, associated alpha": (tiff(of(8, GREY * ALPHA, ALPHA), 8, 1, t338=[1]), over_white(GREY)),
+        "16 bits, alpha": (tiff(of(16, RGB, ALPHA), 16, 2, t338=[2]), over_white(RGB)),
+        "16 bits, associated alpha": (tiff(of(16, RGB * ALPHA, ALPHA), 16, 2, t338=[1]), over_white(RGB)),
+        "a sample that is no colour": (tiff(of(8, RGB, ALPHA), 8, 2, t338=[0]), RGB),
+        "PNG, 16 bits, grey and alpha": (png(of(16, GREY, ALPHA), 16, 4), over_white(GREY)),
+        "PNG, 16 bits, RGBA": (png(of(16, RGB, ALPHA), 16, 6), over_white(RGB)),
+        "PNG, 16 bits, one colour transparent": (
+            png(NEARLY, 16, 2, struct.pack(">3H", *KEY)),
+            np.where(AT_KEY, 1, NEARLY / 65535),
+        ),
+        "PNG, 4 bits, one level transparent": (
+            png(LEVELS, 4, 0, struct.pack(">H", 7)),
+            np.where(LEVELS == 7, 1, LEVELS / 15),
+        ),
+    }.values(),
+)
+def test_numbers_are_read_as_declared(data: bytes, meant: np.ndarray) -> None:
+    expected = np.broadcast_to(meant * 255, (32, 32, 3)).transpose(2, 0, 1)
+    # Pillow cuts 16 bits of RGB off, and rounds what was multiplied by alpha.
+    assert difference(load_image(data, SPEC), expected.round()) <= 2
+
+
+BMP_MASKS = struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000)
+
+
+def bmp(bits: int, compression: int, header: int, more: bytes) -> bytes:
+    fields = struct.pack("<IiiHHIIiiII", header, 2, 2, 1, bits, compression, 8, 0, 0, 2 * (bits <= 8), 0)
+    head = (fields + more).ljust(header + len(more) * (bits <= 8), b"\0")
+    return b"BM" + struct.pack("<IHHI", 22 + len(head), 0, 0, 14 + len(head)) + head + bytes(8)
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "no photometric interpretation": tiff(of(8, GREY), 8, None),
+        "signed": tiff(of(8, GREY), 8, 1, t339=SIGNED),
+        "signed, 16 bits": tiff(of(16, GREY), 16, 1, t339=SIGNED),
+        "32 bits": tiff(of(32, GREY), 32, 1),
+        "floats beyond 1": tiff(floats(GREY * 255), 32, 1, t339=REAL),
+        "floats below 0": tiff(floats(GREY - 0.5), 32, 1, t339=REAL),
+        "NaN": tiff(floats(np.where(GREY > 0.9, np.nan, GREY)), 32, 1, t339=REAL),
+        "infinite": tiff(floats(np.where(GREY > 0.9, np.inf, GREY)), 32, 1, t339=REAL),
+        "an empty range": tiff(floats(GREY), 32, 1, t339=REAL, t340=[1.0], t341=[1.0]),
+        "a fourth sample": tiff(of(8, RGB, ALPHA), 8, 2),
+        "planes of 16 bits": tiff(of(16, RGB), 16, 2, t284=[2], t273=[8] * 3, t279=[2048] * 3),
+        "planes of LAB": tiff(of(8, RGB), 8, 8, t284=[2], t273=[8] * 3, t279=[1024] * 3),
+        "other inks": tiff(of(8, SHARES), 8, 5, t332=[2]),
+        "YCbCr, subsampled": tiff(of(8, RGB), 8, 6),
+        "YCbCr of another range": tiff(of(8, RGB), 8, 6, t530=[1, 1], t532=[16, 235, 128, 240, 128, 240]),
+        "YCbCr of other coefficients": tiff(of(8, RGB), 8, 6, t530=[1, 1], t529=[0.2126, 0.7152, 0.0722]),
+        "a colour map of 8 bits": tiff(of(1, GREY), 1, 3, t320=[0, 255] * 3),
+        "BMP, 8 bits for black and white": bmp(8, 0, 40, bytes(4) + b"\xff\xff\xff\0"),
+        "BMP, 1 bit of alpha in 16": bmp(16, 3, 108, BMP_MASKS),
+    }.values(),
+)
+def test_what_could_only_be_guessed_is_refused(data: bytes) -> None:
+    assert_error(failure(data), 422, "Image not usable")
+
+
+@pytest.mark.parametrize("data", [tiff(of(10, GREY), 10, 1), tiff(of(8, SHARES, RGB), 8, 2, t338=[0] * 4)])
+def test_a_tiff_that_pillow_does_not_open_is_called_so(data: bytes) -> None:
+    error = failure(data)
+    assert_error(error, 422, "Image not decodable")
+    assert "the TIFF file" in str(error)
+
+
+def profile(space: bytes) -> bytes:
+    """A colour profile of this space that would turn everything dark."""
+    kinds = {b"GRAY": (b"kTRC",), b"RGB ": (b"rTRC", b"gTRC", b"bTRC")}.get(space, ())
+    primaries = ((0.436, 0.222, 0.014), (0.385, 0.717, 0.097), (0.143, 0.061, 0.714))
+    xyz = b"XYZ \0\0\0\0"
+    tags = [(kind, b"curv\0\0\0\0" + struct.pack(">IHH", 1, 5 * 256, 0)) for kind in kinds]
+    tags += [
+        (name, xyz + struct.pack(">3i", *(round(v * 65536) for v in values)))
+        for name, values in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)
+    ] + [(b"wtpt", xyz + struct.pack(">3i", 63190, 65536, 54061))]
+    start = 132 + 12 * len(tags)
+    table, content = struct.pack(">I", len(tags)), b""
+    for name, data in tags:
+        table += struct.pack(">4sII", name, start + len(content), len(data))
+        content += data
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s", start + len(content), b"", 0x02400000, b"mntr", space, b"XYZ ", b"", b"acsp"
+    )
+    return head.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061).ljust(60, b"\0") + table + content
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("space", [b"RGB ", b"GRAY", b"CMYK", b"Lab "])
+@pytest.mark.parametrize(
+    ("mode", "kind", "own"),
+    [
+        ("RGB", "JPEG", b"RGB "),
+        ("RGB", "PNG", b"RGB "),
+        ("RGBA", "PNG", b"RGB "),
+        ("P", "PNG", b"RGB "),
+        ("RGB", "WEBP", b"RGB "),
+        ("RGB", "TIFF", b"RGB "),
+        ("L", "JPEG", b"GRAY"),
+        ("L", "PNG", b"GRAY"),
+        ("LA", "PNG", b"GRAY"),
+        ("I;16", "PNG", b"GRAY"),
+        ("1", "PNG", b"GRAY"),
+        ("CMYK", "JPEG", b"CMYK"),
+        ("LAB", "TIFF", None),
+    ],
+)
+def test_only_a_profile_of_the_pictures_own_colour_space_counts(
+    mode: str, kind: str, own: bytes | None, space: bytes
+) -> None:
+    if mode in ("I;16", "LAB"):
+        image = Image.new(mode, (32, 32), 30_000 if mode == "I;16" else (120, 0, 0))
+    else:
+        image = Image.new("RGB", (32, 32), (120,) * 3).convert(mode)
+    plain = load_image(saved(image, kind), SPEC)
+    found = load_image(saved(image, kind, icc_profile=profile(space)), SPEC)
+    # Black and white stay what they are; a profile of inks without a table of colours is broken.
+    counts = space == own and mode not in ("1", "CMYK")
+    assert (difference(found, plain) > 20) == counts
+
+
+def test_a_grey_picture_that_pillow_opens_as_colours_keeps_its_profile() -> None:
+    data = png(of(16, GREY, np.ones_like(GREY)), 16, 4)
+    inserted = zlib.compress(profile(b"GRAY"))
+    body = b"iCCP" + b"grey\0\0" + inserted
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    assert difference(load_image(data[:33] + chunk + data[33:], SPEC), load_image(data, SPEC)) > 20
+
+
+LARGE = Image.fromarray(picture(601, 403))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "RGB": saved(LARGE, "JPEG", quality=95),
+        "progressive": saved(LARGE, "JPEG", quality=95, progressive=True),
+        "turned": saved(LARGE, "JPEG", quality=95, exif=TURNED),
+        "grey": saved(LARGE.convert("L"), "JPEG", quality=95),
+        "CMYK": saved(LARGE.convert("CMYK"), "JPEG", quality=95),
+        "profile": saved(LARGE, "JPEG", quality=95, icc_profile=profile(b"RGB ")),
+        "MPO": saved(LARGE, "MPO", quality=95, save_all=True, append_images=[LARGE.rotate(90)]),
+    }.values(),
+)
+def test_a_large_jpeg_is_decoded_at_a_reduced_scale(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(images, "preprocess", lambda *a: sizes.append(a[0].size) or preprocess(*a))
+    reduced = load_image(data, SPEC)
+    monkeypatch.setattr(preprocessing, "REDUCE_TO", 1000)
+    assert difference(reduced, load_image(data, SPEC)) <= 2
+    assert sizes == [(301, 202), (601, 403)]
 
 
 def test_a_long_image_never_grows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +277,13 @@ def failure(data: bytes, limits: Limits = DEFAULT) -> ImageError:
     return error.value
 
 
+def assert_error(error: ImageError, status: int, title: str) -> None:
+    assert (error.status, error.title) == (status, title)
+
+
+RED = saved(Image.new("RGB", (8, 8), "red"), "PNG")
+
+
 def header_only_png(width: int, height: int) -> bytes:
     """A PNG that claims a size and has no pixels."""
 
@@ -104,11 +303,13 @@ def test_too_many_pixels_are_refused_by_the_header() -> None:
     assert failure(header_only_png(10_000, 10_000)).status == 413
     assert failure(header_only_png(60_000, 60_000)).status == 413  # beyond Pillow's own cap, too
     assert failure(header_only_png(300, 300)).status == 422  # so the header alone was what refused the others
-    assert "100 x 101 = 10,100 pixels" in str(failure(png(size=(100, 101)), Limits(max_pixels=10_000)))
+    assert "100 x 101 = 10,100 pixels" in str(
+        failure(saved(Image.new("L", (100, 101)), "PNG"), Limits(max_pixels=10_000))
+    )
 
 
 def test_too_many_bytes() -> None:
-    error = failure(png(), Limits(max_bytes=10))
+    error = failure(RED, Limits(max_bytes=10))
     assert error.status == 413
     assert "at most 10" in str(error)
 
@@ -118,23 +319,53 @@ def test_too_many_bytes() -> None:
     [
         (b"", 422),
         (b"hello, this is text", 422),
-        (png()[:60], 422),
-        (png()[:20], 422),
-        (b"%PDF-1.7 ...", 415),
-        (b"\x00\x00\x00\x20ftypavif" + bytes(40), 415),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415),
-        (b"P6 1 1 255 abc", 415),
+        (RED[:45], 422),
+        (RED[:20], 422),
+        (b"<!DOCTYPE html><html></html>", 422),
     ],
 )
 def test_what_is_no_image(data: bytes, status: int) -> None:
     assert failure(data).status == status
 
 
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"%PDF-1.7 ...", "PDF"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"P6 1 1 255 abc", "PNM"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "AVIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", "a video"),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"),
+        (b"\x1aE\xdf\xa3\x01\0\0\0", "a video"),
+        (b"\xff\x0a\xfa\x1f", "JPEG XL"),
+        (bytes.fromhex("0000000c4a584c200d0a870a"), "JPEG XL"),
+    ],
+)
+def test_a_format_that_is_not_accepted_is_named(start: bytes, name: str) -> None:
+    error = failure(start + bytes(40))
+    assert_error(error, 415, "Image format not accepted")
+    assert str(error).startswith(name)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_formats_that_are_off_can_be_turned_on(kind: str) -> None:
+    if kind == "HEIF":
+        pytest.importorskip("pi_heif")
+        pytest.skip("pi-heif writes no files") if not DATA else None
+        data = (Path(DATA or "") / "odd-images" / "pillow" / "avif" / "hopper.heif").read_bytes()
+    else:
+        data = saved(Image.new("RGB", (40, 32), "red"), "AVIF", quality=100)
+    assert_error(failure(data), 415, "Image format not accepted")
+    assert load_image(data, SPEC, Limits(formats=(*FORMATS, kind))).shape == (3, 32, 32)
+
+
 def test_a_format_that_pillow_knows_and_we_do_not_take() -> None:
     for kind in ("ICO", "JPEG2000", "PPM", "DDS"):
-        buffer = io.BytesIO()
-        Image.new("RGB", (16, 16)).save(buffer, kind)
-        assert failure(buffer.getvalue()).status == 415, kind
+        assert failure(saved(Image.new("RGB", (16, 16)), kind)).status == 415, kind
 
 
 @pytest.mark.skipif(not DATA, reason="PRG_TEST_DATA is not set")
@@ -150,7 +381,7 @@ def test_odd_images(capfd: pytest.CaptureFixture[str]) -> None:
             differing.append(row["path"])
     capfd.readouterr()  # libtiff writes its warnings straight to the terminal
     assert len(rows) > 600
-    assert len(differing) <= 2, differing
+    assert len(differing) <= 4, differing
 
 
 def outcome(data: bytes) -> int:
@@ -161,26 +392,33 @@ def outcome(data: bytes) -> int:
     return 200 if found.shape == (3, 32, 32) else 500
 
 
-@pytest.mark.parametrize(("large", "together"), [(8 * 8, True), (8 * 8 - 1, False)])
+@pytest.mark.parametrize(
+    ("data", "large", "together"),
+    [
+        (RED, 8 * 8, True),
+        (RED, 8 * 8 - 1, False),
+        # What counts is what is decoded: half the width and height, but libjpeg keeps all of a progressive one.
+        (saved(LARGE, "JPEG"), 100_000, True),
+        (saved(LARGE, "JPEG", progressive=True), 100_000, False),
+    ],
+)
 def test_large_pictures_are_decoded_one_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, large: int, together: bool
+    monkeypatch: pytest.MonkeyPatch, data: bytes, large: int, together: bool
 ) -> None:
     both = threading.Barrier(2)
     met = []
 
-    def decode(picture: Image.Image, spec: ImageSpec) -> np.ndarray:
+    def decode(*arguments: Any) -> Image.Image:
         try:
             both.wait(10 if together else 0.2)
             met.append(True)
         except threading.BrokenBarrierError:
             met.append(False)
-        return image_array(picture, spec)
+        return preprocess(*arguments)
 
-    monkeypatch.setattr(images, "image_array", decode)
+    monkeypatch.setattr(images, "preprocess", decode)
     monkeypatch.setattr(images, "LARGE_PIXELS", large)
-    data = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(data, "PNG")
     with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(images.load_image, data.getvalue(), SPEC, Limits()) for _ in range(2)]:
+        for future in [pool.submit(images.load_image, data, SPEC, Limits()) for _ in range(2)]:
             future.result()
     assert met == [together, together]

@@ -20,7 +20,7 @@ from prg.images.held_out import key_of
 from prg.images.sets import Images, same_classes
 from prg.images.splits import splits
 
-SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
+SPEC = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def test_an_image_folder(tmp_path: Path) -> None:

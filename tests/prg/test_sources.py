@@ -17,7 +17,7 @@ from prg.images.sets import Images, same_classes
 from prg.images.splits import choose_split, splits
 from tests.tiny import png
 
-SPEC = ImageSpec(size=16, resize=16, preprocessing="v1", mean=(0.5,) * 3, std=(0.5,) * 3)
+SPEC = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def pictures(folder: Path, *paths: str) -> Path:

@@ -139,7 +139,7 @@ def test_robustness_at_each_size_of_published_severities(
 ) -> None:
     recipe = load_recipe(f"images-{side}")
     entry, spec = tmp_path / "entry", recipe.image
-    image = ImageSpec(size=side, resize=side, preprocessing="v1", mean=spec.mean, std=spec.std)
+    image = ImageSpec(size=side, resize=side, preprocessing="v2", mean=spec.mean, std=spec.std)
     labels = ("blue", "green", "red")
     export(
         build_classifier(UNet(recipe.unet), recipe, 3),

@@ -1,10 +1,12 @@
-"""Make the golden vectors of preprocessing v1: image files, and what must come of them.
+"""Make the golden vectors of preprocessing v2: image files, and what must come of them.
 
 What must come is computed here step by step, by numpy where that is exact, and shares no code with the package.
 Run in this folder: python make.py
 """
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,64 @@ TURNS = {
     8: lambda a: a.transpose(1, 0, 2)[::-1],
 }
 """EXIF orientation -> what a viewer does to the stored pixels."""
+
+
+def packed(values: np.ndarray, bits: int, order: str = ">") -> bytes:
+    """Numbers [H, W, C] of so many bits, each row from a byte of its own."""
+    if values.dtype.kind == "f" or bits in (8, 16, 32):
+        kind = "f" if values.dtype.kind == "f" else "u"
+        return values.astype(f"{order}{kind}{bits // 8}").tobytes()
+    ones = values[..., None].astype(int) >> np.arange(bits)[::-1] & 1
+    return np.packbits(ones.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
+
+
+def tiff(
+    values: np.ndarray,
+    bits: int,
+    photometric: int | None,
+    order: str = "<",
+    deflate: bool = False,
+    **more: object,
+) -> bytes:
+    """A TIFF of numbers [H, W, C], with more tags as `t338=[1]`."""
+    height, width, channels = values.shape
+    data = packed(values, bits, order)
+    data = zlib.compress(data) if deflate else data
+    tags = {256: [width], 257: [height], 258: [bits] * channels, 259: [8 if deflate else 1], 273: [8]}
+    tags |= {277: [channels], 278: [height], 279: [len(data)]} | (
+        {} if photometric is None else {262: [photometric]}
+    )
+    tags |= {int(name[1:]): numbers for name, numbers in more.items()}
+    directory, beyond = b"", b""
+    start = 8 + len(data) + 2 + 12 * len(tags) + 4
+    for tag, numbers in sorted(tags.items()):
+        real = isinstance(numbers[0], float)
+        content = struct.pack(f"{order}{len(numbers)}{'d' if real else 'I'}", *numbers)
+        directory += struct.pack(f"{order}HHI", tag, 12 if real else 4, len(numbers))
+        if len(content) <= 4:
+            directory += content
+        else:
+            directory += struct.pack(f"{order}I", start + len(beyond))
+            beyond += content
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    return head + data + struct.pack(f"{order}H", len(tags)) + directory + bytes(4) + beyond
+
+
+def png(values: np.ndarray, bits: int, colour_type: int, transparent: bytes = b"") -> bytes:
+    """A PNG of numbers [H, W, C]; `transparent` is its tRNS chunk."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + packed(row[None], bits) for row in values)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+        + (chunk(b"tRNS", transparent) if transparent else b"")
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def save(name: str, image: Image.Image, **options: object) -> None:
@@ -130,6 +190,22 @@ def main() -> None:
     small = picture(11, 7)
     save("small.png", Image.fromarray(small))
     expected["small.png"] = stepwise(small)
+    for name, orientation in (("large.jpg", 1), ("large-turned.jpg", 8)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        save(name, Image.fromarray(picture(1203, 901)), quality=90, exif=exif)
+        decoded = np.asarray(Image.open(HERE / name))
+        expected[name] = stepwise(np.ascontiguousarray(TURNS[orientation](decoded)))
+
+    twelve = (deep // 16)[..., None]
+    (HERE / "grey-12.tif").write_bytes(tiff(twelve, 12, 1))
+    expected["grey-12.tif"] = np.stack([(twelve[..., 0] / 4095 * 255).round().astype(np.uint8)] * 3)
+    (HERE / "white-is-zero-16.tif").write_bytes(tiff(65535 - deep[..., None], 16, 0))
+    expected["white-is-zero-16.tif"] = expected["grey-16.png"]
+    (HERE / "grey-16-transparent.png").write_bytes(png(deep[..., None], 16, 0, struct.pack(">H", deep[5, 6])))
+    expected["grey-16-transparent.png"] = np.where(
+        np.arange(1024).reshape(32, 32) == 166, 255, expected["grey-16.png"]
+    )
     np.savez_compressed(HERE / "expected.npz", **expected)
 
 
