@@ -12,8 +12,8 @@ from benchmarks.resnet import ResNet, width_of_flops
 from prg.classifier import Classifier
 from prg.encoder import pooled_state
 from prg.recipe import Recipe
+from prg.trained import build_classifier
 from prg.training.costs import count_flops
-from prg.training.finetune import build_classifier
 from prg.training.start import load_start
 from prg.unet import UNet
 
@@ -39,8 +39,8 @@ def at_one(model: Classifier, x: Tensor) -> Tensor:
     """No solve: activations of the image itself at t = 1, and the pooled image as state."""
     encoder = model.encoder
     one = x.new_full((len(x),), encoder.t_start)
-    hidden = encoder.field.activations(x, one, encoder.blocks)
-    return model.head(model.head_input(pooled_state(x), hidden))
+    hidden = encoder.hidden(x, one)
+    return model.head(pooled_state(x), hidden)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {
         "benchmark": "extractor",
         "entry": runner.entry.name,
-        "fingerprint": runner.entry.fingerprint(runner.version),
+        "fingerprint": runner.entry.fingerprints(runner.version).model,
         "nfe": runner.entry.prg.nfe,
         "device": device_name(runner.device),
         "batches": rows,

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {
         "benchmark": "gateway",
         "entry": runner.entry.name,
-        "fingerprint": runner.entry.fingerprint(runner.version),
+        "fingerprint": runner.entry.fingerprints(runner.version).model,
         "device": device_name(runner.device),
         "photos": f"{len(files)} JPEGs, {min(SIZES)} to {max(SIZES)}, {mean_kb:.0f} kB on average",
         "rows": rows,

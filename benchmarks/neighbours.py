@@ -1,4 +1,4 @@
-"""Nearest neighbours of the same class, by feature, as it is, centred and standardised. Prints one JSON line last.
+"""Nearest neighbours of the same class, by plain cosine of each feature. Prints one JSON line last.
 
 The images are a whole split, which should be one that training never saw. For reporting: nothing is chosen by it.
 """
@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,8 @@ from prg.images.decoded import load_split
 from prg.images.splits import splits
 
 BATCH = 64
-WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "as it is": lambda v: v,
-    "centred": lambda v: v - v.mean(0),
-    "standardised": lambda v: (v - v.mean(0)) / np.maximum(v.std(0), 1e-12),
-}
+PREFIX = 64
+"""Of the embedding, to see what its first numbers say."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,18 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     if images.labels is None:
         parser.error("the images have no labels")
     vectors = features(runner, images.pixels, t_end)
-    result = {
-        f"{name} {way}": round(precision(move(v), images.labels, arguments.k), 4)
-        for name, v in vectors.items()
-        for way, move in WAYS.items()
-    }
+    result = {name: round(precision(v, images.labels, arguments.k), 4) for name, v in vectors.items()}
     print(f"share of the {arguments.k} nearest (cosine) of {len(images)} images that are of the same class")
     for name, value in result.items():
         print(f"  {name:20} {value:.1%}")
     facts = {"images": len(images), "t_end": t_end, "k": arguments.k, "precision": result}
     print(
         json.dumps(
-            facts | {"entry": runner.entry.name, "fingerprint": runner.entry.fingerprint(runner.version)}
+            facts
+            | {"entry": runner.entry.name, "fingerprint": runner.entry.fingerprints(runner.version).encoder}
         )
     )
     return 0
@@ -68,10 +61,11 @@ def features(runner: Runner, pixels: np.ndarray, t_end: float) -> dict[str, np.n
         )
         for start in range(0, len(pixels), BATCH)
     ]
-    return {
-        "hidden": np.concatenate([part["HIDDEN"] for part in parts]),
-        "state": np.concatenate([part["STATE"] for part in parts]),
-    }
+    names = [name for name in ("EMBEDDING", "HIDDEN", "STATE") if name in parts[0]]
+    found = {name.lower(): np.concatenate([part[name] for part in parts]) for name in names}
+    if "embedding" in found:
+        found[f"embedding, first {PREFIX}"] = found["embedding"][:, :PREFIX]
+    return found
 
 
 def precision(vectors: np.ndarray, labels: np.ndarray, k: int) -> float:

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {
         "benchmark": "precision",
         "entry": reference.entry.name,
-        "fingerprint": reference.entry.fingerprint(reference.version),
+        "fingerprint": reference.entry.fingerprints(reference.version).model,
         "device": device_name(torch.device(arguments.device)),
         "torch": torch.__version__,
         "images": len(pixels),
@@ -89,13 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def network(runner: Runner) -> torch.nn.Module:
     """The velocity network inside an entry's module."""
-    names = {name for name, _ in runner.module.named_modules()}
-    inside = "encoder.solver.velocity.net"
-    path = f"classifier.{inside}" if f"classifier.{inside}" in names else inside
-    found = runner.module
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+    return runner.module.encoder.solver.velocity.net
 
 
 def answers(runner: Runner, pixels: np.ndarray, level: float, batch: int) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(
             f"{len(served.errors)} images failed, the first: {next(iter(served.errors.values()))}"
         )
-    if served.fingerprint != runner.entry.fingerprint(runner.version):
+    if served.fingerprint != runner.entry.fingerprints(runner.version).model:
         raise SystemExit(f"the service answered with {served.fingerprint}, other weights than the entry's")
     first = np.array([found[0].class_id for found in served.predictions])
     facts = {

@@ -4,18 +4,28 @@ Triton and the embedded engine read the very same file, both through Triton's Mo
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from google.protobuf import text_format
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
 
 from entry.errors import EntryError as EntryError
 from entry.files import sha256, write_atomically
 
+FORMAT = 2
 MAX_BATCH_SIZE = 64
 PLATFORM = "pytorch_libtorch"
 QUEUE_TIMEOUT_US = 60_000_000
@@ -23,15 +33,33 @@ QUEUE_SIZE = 256
 WARM_UP_BATCHES = (1, 8, 32, 64)
 """The second call of each new batch shape is slow under TorchScript; these are made before the first user."""
 WARM_UP_CALLS = 3
+INSTANCES = 2
+"""Copies of the module that Triton runs. With one, a queue policy makes some calls wait for 500 ms: the batcher
+prefetches no longer, and a request that comes between an answer and the next wait is seen by a timer alone."""
 REMEDY = "write the entry again with `prg export`"
 
 Level = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Pooling = Literal["mean", "std"]
+FeatureName = Literal["embedding", "hidden", "state"]
+QUANTILES = 101
+"""Of KNOWN over held-out images: its 0th to 100th percentile."""
+
+
+class OldFormatError(EntryError):
+    """An entry that an earlier version wrote."""
 
 
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that may be absent is left out, not null."""
+        fields = type(self).model_fields
+        return {k: v for k, v in serialize(self).items() if v is not None or fields[k].is_required()}
 
 
 class ImageSpec(_Facts):
@@ -57,17 +85,28 @@ class StateFeature(_Facts):
 
 
 class HiddenFeature(_Facts):
-    """Activations at t_end; the layers by their names in the official layout, in running order."""
+    """Activations at t_end, pooled over space: of each layer its means, then its standard deviations.
+
+    Layers by their names in the official layout, in running order.
+    """
 
     dim: Count
     layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    pooling: Annotated[tuple[Pooling, ...], Field(min_length=1)]
+
+
+class EmbeddingFeature(_Facts):
+    """A projection of `hidden` for which plain cosine means something; a prefix of it is an embedding too."""
+
+    dim: Count
 
 
 class Features(_Facts):
-    """Both features that /embed can answer with."""
+    """The features that /embed can answer with."""
 
     state: StateFeature
     hidden: HiddenFeature
+    embedding: EmbeddingFeature | None = None
 
 
 class Tolerance(_Facts):
@@ -86,25 +125,61 @@ class Accuracy(_Facts):
     top5: Share
 
 
-class Version(_Facts):
-    """One version: the digest of its model.pt, how it was trained, how good it is."""
+class Calibration(_Facts):
+    """What held-out images of the training showed: how sure to be, and how typical images are."""
 
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    temperature: Annotated[float, Field(gt=0)]
+    """Probabilities are softmax(logits / temperature)."""
+    known_quantiles: Annotated[tuple[float, ...], Field(min_length=QUANTILES, max_length=QUANTILES)]
+    images: Count
+
+
+class Fingerprints(_Facts):
+    """The first 12 hex digits of a version's content digests."""
+
+    encoder: str
+    """Equal where embeddings may be compared."""
+    model: str
+    """Equal where classes are the same too."""
+
+
+class Version(_Facts):
+    """One version: its digests, how it was trained, how good it is."""
+
+    sha256: Digest
+    """Of its model.pt."""
+    encoder: Digest
+    """Of everything that decides the features."""
+    model: Digest
+    """Of that, and of the head, its labels and its calibration."""
     training: dict[str, Any]
+    held_out: Share | None
+    """The smallest share that was held out by any training behind it; None where that is not known."""
+    calibration: Calibration | None = None
     accuracy: tuple[Accuracy, ...]
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities."""
+        return self.calibration.temperature if self.calibration else 1.0
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """Short forms of the content digests."""
+        return Fingerprints(encoder=self.encoder[:12], model=self.model[:12])
 
 
 class Prg(_Facts):
     """The JSON of the "prg" parameter: all that Triton's own configuration has no word for."""
 
-    format: Literal[1]
+    format: Literal[2]
     path: str
     solver: str
     steps: Count
     nfe: Count
     image: ImageSpec
     t_end: Level
-    feature: Literal["state", "hidden"]
+    feature: FeatureName
     features: Features
     classify_t_end: Annotated[tuple[Level, ...], Field(min_length=1)] | None = None
     labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -118,6 +193,8 @@ class Prg(_Facts):
             raise ValueError("labels and classify_t_end go together: both with a head, neither without")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: the same name is there twice")
+        if self.feature == "embedding" and self.features.embedding is None:
+            raise ValueError("feature is 'embedding', but features has none; take 'hidden'")
         for version in self.versions:
             if not version.isdecimal() or version != str(int(version)) or int(version) < 1:
                 raise ValueError(f"versions: {version!r} is no version, they are numbered from 1")
@@ -132,6 +209,8 @@ class Entry:
     prg: Prg
     max_batch_size: int = MAX_BATCH_SIZE
     """Most rows of one call to Triton."""
+    failed_versions: Mapping[str, str] = field(default_factory=dict)
+    """Those that can't be used, with the reason."""
 
     @property
     def has_head(self) -> bool:
@@ -140,26 +219,41 @@ class Entry:
 
     @cached_property
     def default_version(self) -> str:
-        """The highest version."""
+        """The highest version, usable or not."""
         return max(self.prg.versions, key=int)
 
-    def fingerprint(self, version: str) -> str:
-        """First 12 hex digits of the version's digest: equal where vectors may be compared."""
-        return self.prg.versions[version].sha256[:12]
+    @cached_property
+    def usable_versions(self) -> tuple[str, ...]:
+        """All but those that failed, ascending."""
+        return tuple(sorted(self.prg.versions.keys() - self.failed_versions.keys(), key=int))
+
+    def fingerprints(self, version: str) -> Fingerprints:
+        """What the answers of a version are marked with."""
+        return self.prg.versions[version].fingerprints
 
     def outputs(self) -> dict[str, int]:
         """Output names in the module's order, with their lengths."""
-        dims = {"STATE": self.prg.features.state.dim, "HIDDEN": self.prg.features.hidden.dim}
-        return dims | ({"LOGITS": len(self.prg.labels)} if self.prg.labels is not None else {})
+        features, labels = self.prg.features, self.prg.labels
+        dims = {"STATE": features.state.dim, "HIDDEN": features.hidden.dim}
+        if features.embedding:
+            dims["EMBEDDING"] = features.embedding.dim
+        if labels is not None:
+            dims["LOGITS"] = len(labels)
+        # How typical an image is, is measured in EMBEDDING.
+        if labels is not None and features.embedding:
+            dims["KNOWN"] = 1
+        return dims
 
 
 def parse_prg(text: str, where: str) -> Prg:
     """The parameter from its JSON; `where` names the file in errors. Raises EntryError."""
     try:
         table = json.loads(text, parse_constant=_no_constant)
-        for key in ("labels", "classify_t_end"):
-            if isinstance(table, dict) and key in table and table[key] is None:
-                raise EntryError(f"{where}: prg.{key} is null; leave it out where there is no head")
+        if isinstance(table, dict) and table.get("format") == 1:
+            raise OldFormatError(
+                f"{where}: written in format 1, and this version reads format {FORMAT}; "
+                "make a new entry of it: prg export OLD NEW --data IMAGES"
+            )
         return Prg.model_validate_json(text)
     except ValidationError as error:
         lines = [
@@ -175,7 +269,7 @@ def parse_prg(text: str, where: str) -> Prg:
 
 def prg_json(prg: Prg) -> str:
     """The parameter as JSON, with exactly the keys of the format."""
-    return prg.model_dump_json(exclude_none=True)
+    return prg.model_dump_json()
 
 
 def entry_from_config(config: ModelConfig, where: str) -> Entry:
@@ -193,13 +287,13 @@ def entry_from_config(config: ModelConfig, where: str) -> Entry:
         raise EntryError(
             f"{where}: max_batch_size is {entry.max_batch_size}, so it takes no batches; {REMEDY}"
         )
-    for field in ("input", "output"):
-        found = {t.name: t for t in getattr(config, field)}
-        expected = {t.name: t for t in getattr(wanted, field)}
-        _same(list(found), list(expected), where, f"{field} names")
+    for side in ("input", "output"):
+        found = {t.name: t for t in getattr(config, side)}
+        expected = {t.name: t for t in getattr(wanted, side)}
+        _same(list(found), list(expected), where, f"{side} names")
         for name, tensor in expected.items():
-            _same(_type(found[name]), _type(tensor), where, f"{field} {name}: data_type")
-            _same(list(found[name].dims), list(tensor.dims), where, f"{field} {name}: dims")
+            _same(_type(found[name]), _type(tensor), where, f"{side} {name}: data_type")
+            _same(list(found[name].dims), list(tensor.dims), where, f"{side} {name}: dims")
     return entry
 
 
@@ -212,6 +306,8 @@ def to_config(entry: Entry) -> ModelConfig:
     for name, dim in entry.outputs().items():
         config.output.add(name=name, data_type="TYPE_FP32", dims=[dim])
     config.version_policy.all.SetInParent()
+    # Without a kind: on a GPU where there is one.
+    config.instance_group.add(count=INSTANCES)
     batching = config.dynamic_batching
     batching.priority_levels, batching.default_priority_level = 2, 1
     policy = batching.default_queue_policy
@@ -234,10 +330,34 @@ def to_config(entry: Entry) -> ModelConfig:
 
 
 def read_entry(directory: Path) -> Entry:
-    """The entry in `directory`, its version folders checked against its parameter. Raises EntryError."""
+    """The entry in `directory`, its version folders compared with its parameter. Raises EntryError.
+
+    A version without a module, or a folder that the parameter does not list, is a failed version: the others are
+    good all the same.
+    """
+    path = directory / "config.pbtxt"
+    config = read_config(directory)
+    entry = entry_from_config(config, str(path))
+    _same(entry.name, directory.name, str(path), "name (it must be its folder's)")
+    _same(config.platform, PLATFORM, str(path), "platform")
+    _same(config.max_batch_size, MAX_BATCH_SIZE, str(path), "max_batch_size")
+    folders = version_folders(directory)
+    listed = entry.prg.versions.keys()
+    failed = {
+        version: f"{directory / version / 'model.pt'}: missing, but prg.versions lists it; restore it, or export again"
+        for version in listed - folders
+    } | {
+        version: f"{directory / version}: prg.versions does not list it (was an export interrupted?); remove it"
+        for version in folders - listed
+    }
+    return replace(entry, failed_versions=failed)
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """An entry's config.pbtxt as Triton's message. Raises EntryError."""
     path = directory / "config.pbtxt"
     try:
-        config = text_format.Parse(path.read_text("utf-8"), ModelConfig())
+        return text_format.Parse(path.read_text("utf-8"), ModelConfig())
     except OSError as error:
         made = "an entry is a folder that `prg export` writes, such as model_repository/prg-cifar10"
         raise EntryError(f"{path}: {error.strerror}; {made}") from None
@@ -245,23 +365,11 @@ def read_entry(directory: Path) -> Entry:
         raise EntryError(f"{path}: not UTF-8 text; {REMEDY}") from None
     except text_format.ParseError as error:
         raise EntryError(f"{path}: not a Triton model configuration ({error}); {REMEDY}") from None
-    entry = entry_from_config(config, str(path))
-    _same(entry.name, directory.name, str(path), "name (it must be its folder's)")
-    _same(config.platform, PLATFORM, str(path), "platform")
-    _same(config.max_batch_size, MAX_BATCH_SIZE, str(path), "max_batch_size")
-    folders = {p.parent.name for p in directory.glob("*/model.pt") if p.parent.name.isdecimal()}
-    missing = sorted(entry.prg.versions.keys() - folders)
-    if missing:
-        raise EntryError(
-            f"{directory / missing[0] / 'model.pt'}: missing, but prg.versions lists it; {REMEDY}"
-        )
-    unknown = sorted(folders - entry.prg.versions.keys())
-    if unknown:
-        raise EntryError(
-            f"{path}: prg.versions does not list {unknown[0]!r}, but that folder is there "
-            "(an export was interrupted?); remove the folder and export again"
-        )
-    return entry
+
+
+def version_folders(directory: Path) -> set[str]:
+    """Numbers of the sub-folders that hold a module."""
+    return {path.parent.name for path in directory.glob("*/model.pt") if path.parent.name.isdecimal()}
 
 
 def write_entry(directory: Path, entry: Entry) -> None:
@@ -289,9 +397,9 @@ def check_weights(directory: Path, entry: Entry, version: str) -> Path:
 
 
 def find_entries(repository: Path) -> dict[str, Entry | EntryError]:
-    """Every sub-folder with a config.pbtxt, by name; one that can't be used hides no other."""
+    """Every sub-folder with a config.pbtxt, by name, but for hidden ones; one that can't be used hides no other."""
     found: dict[str, Entry | EntryError] = {}
-    for path in sorted(repository.glob("*/config.pbtxt")):
+    for path in sorted(repository.glob("[!.]*/config.pbtxt")):
         try:
             found[path.parent.name] = read_entry(path.parent)
         except EntryError as error:

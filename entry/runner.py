@@ -18,6 +18,8 @@ class Runner:
     def __init__(self, directory: Path, version: str | None = None, device: str = "cpu") -> None:
         self.entry = read_entry(directory)
         self.version = version or self.entry.default_version
+        if reason := self.entry.failed_versions.get(self.version):
+            raise EntryError(reason)
         if self.version not in self.entry.prg.versions:
             raise EntryError(
                 f"{directory}: no version {self.version!r} (there are: {', '.join(self.entry.prg.versions)})"

@@ -33,10 +33,6 @@ class About:
     """What an index is of; written beside it as NAME.json."""
 
     paths: list[str]
-    mean: list[float]
-    """What is subtracted from every vector, of the query too."""
-    scale: list[float]
-    """What every number is then multiplied by: one over its standard deviation."""
     made_by: dict[str, object]
     """Weights, feature and level, where the vectors say so."""
 
@@ -47,11 +43,6 @@ class About:
         if facts.keys() != {field.name for field in fields(cls)}:
             raise ValueError(f"{index}: made by another version of this program; index the vectors again")
         return cls(**facts)
-
-    def standardised(self, vectors: np.ndarray) -> np.ndarray:
-        """float32 [N, D] -> float32 [N, D] as they are in the index."""
-        moved: np.ndarray = (vectors - np.array(self.mean)) * np.array(self.scale)
-        return moved.astype(np.float32)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
         "vectors", type=Path, help="what `prg embed` wrote: a .parquet, or a .npy with its .jsonl"
     )
     sub.add_argument("index", type=Path, help="the index to write; a .json of the same name goes with it")
-    sub.add_argument("--as-is", action="store_true", help="leave the vectors as they are: not standardised")
     sub.set_defaults(command=make)
     sub = commands.add_parser("query", help="find the pictures nearest to some pictures")
     sub.add_argument("index", type=Path)
@@ -92,14 +82,9 @@ def make(arguments: argparse.Namespace) -> None:
     good = np.isfinite(vectors).all(1)  # a file that could not be used is a row of NaN
     if not good.any():
         raise ValueError(f"{arguments.vectors}: no vectors in it")
-    mean, scale = np.zeros(vectors.shape[1]), np.ones(vectors.shape[1])
-    if not arguments.as_is:
-        mean, deviation = vectors[good].mean(0, np.float64), vectors[good].std(0, np.float64)
-        # A number that hardly ever moves says little; without a floor a query in which it does would be all of it.
-        scale = 1 / np.maximum(deviation, max(1e-3 * deviation.max(), 1e-12))
-    about = About(paths, mean.tolist(), scale.tolist(), made_by)
+    about = About(paths, made_by)
     index = Index(ndim=vectors.shape[1], metric="cos", dtype="f32")
-    index.add(np.flatnonzero(good), about.standardised(vectors[good]))
+    index.add(np.flatnonzero(good), vectors[good])
     index.save(str(arguments.index))
     arguments.index.with_suffix(".json").write_text(json.dumps(asdict(about)), "utf-8")
     print(f"indexed: {len(index)} pictures in {arguments.index}")
@@ -140,7 +125,7 @@ def query(arguments: argparse.Namespace) -> None:
 
 
 def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> np.ndarray:
-    """float32 [N, D], standardised like the index. Raises ValueError where a picture has none."""
+    """float32 [N, D] in the index's feature. Raises ValueError where a picture has none."""
     known = {Path(path).resolve(): row for row, path in enumerate(about.paths) if row in index}
     missing = [image for image in arguments.images if Path(image).resolve() not in known]
     if not missing:
@@ -168,7 +153,7 @@ def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> 
         raise ValueError(
             f"the index is of weights {made_by['fingerprint']}, the model has {rows.fingerprint}: embed again"
         )
-    return about.standardised(rows.vectors)
+    return rows.vectors
 
 
 def draw(images: list[str], rows: list[Found], path: Path, side: int = 64, gap: int = 4) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from entry.config import ImageSpec
 from entry.images import load_image
 from entry.runner import Runner
-from prg.classifier import Classifier
 from prg.errors import CheckpointError
+from prg.extractor import outputs
 from prg.images.augmentation import normalise
-from prg.training.finetune import load_trained
+from prg.trained import load_trained
 
 
 class Encoding(NamedTuple):
@@ -25,16 +25,19 @@ class Encoding(NamedTuple):
     """x at t_end, pooled, [B, 768]."""
     hidden: Tensor
     """Activations of one further evaluation there, [B, D_h]."""
+    embedding: Tensor | None
+    """A projection of `hidden`, [B, D_e]; None where none was fitted."""
     logits: Tensor | None
     """[B, K]; None without a head."""
+    known: Tensor | None
+    """How typical of what the head was trained on, [B, 1]; None without a head or an embedding."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model: `encoder` (and with a head `module`, the classifier) compute, eager or scripted."""
+    """A trained model; `extractor` computes, eager or scripted."""
 
-    module: Any = field(repr=False)
-    encoder: Any = field(repr=False)
+    extractor: Any = field(repr=False)
     image: ImageSpec
     labels: tuple[str, ...]
 
@@ -56,17 +59,17 @@ class Model:
         Raises ValueError for other tensors, and for levels outside of that.
         """
         self._check(x, t_end)
-        out = self.module(x, _levels(x, t_end))
-        return Encoding(out[0], out[1], out[2] if len(out) == 3 else None)
+        found = outputs(self.extractor, *self.extractor.encoder(x, _levels(x, t_end)))
+        return Encoding(*(found.get(name.upper()) for name in Encoding._fields))  # type: ignore[arg-type]
 
     def trajectory(self, x: Tensor, levels: Sequence[float]) -> Tensor:
         """Whole states at several levels, each by the model's own solve: [L, B, 3, S, S]. Raises ValueError."""
         self._check(x, torch.tensor(levels))
-        return torch.stack([self.encoder.reverse(x, _levels(x, level))[0] for level in levels])
+        return torch.stack([self.extractor.encoder.reverse(x, _levels(x, level))[0] for level in levels])
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
         """v(x, t), to integrate in one's own way: `prg.solver.integrate(model.velocity, x, 1.0, 0.5, steps=20)`."""
-        out: Tensor = self.encoder.solver.velocity(x, _levels(x, t))
+        out: Tensor = self.extractor.encoder.solver.velocity(x, _levels(x, t))
         return out
 
     def _check(self, x: Tensor, levels: float | Tensor) -> None:
@@ -89,19 +92,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     path = Path(path)
     if (path / "config.pbtxt").is_file():
         runner = Runner(path, device=str(device))
-        prg, scripted = runner.entry.prg, runner.module
-        inner: Any = scripted.encoder if prg.labels is None else scripted.classifier
-        encoder = inner if prg.labels is None else inner.encoder
-        return Model(inner, encoder, prg.image, prg.labels or ())
+        return Model(runner.module, runner.entry.prg.image, runner.entry.prg.labels or ())
     if path.is_dir():
         stages = [path / stage / "checkpoint.safetensors" for stage in ("finetune", "pretrain")]
         found = [p for p in stages if p.is_file()]
         if not found:
             raise CheckpointError(f"{path}: neither an entry nor a run with a checkpoint")
         path = found[0]
-    model, facts = load_trained(path)
-    encoder = model.encoder if isinstance(model, Classifier) else model
-    return Model(model.to(device).eval(), encoder, facts.recipe.image.spec, facts.classes)
+    extractor, facts = load_trained(path)
+    return Model(extractor.to(device).eval(), facts.recipe.image.spec, facts.classes)
 
 
 def _levels(x: Tensor, t: float | Tensor) -> Tensor:

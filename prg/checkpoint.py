@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from entry.config import Calibration
 from prg.errors import CheckpointError
 from prg.machine import Precision
 from prg.recipe import Recipe, Section
 
-FORMAT = "2"
+FORMAT = "3"
 AGAIN = "train again, in a new folder"
 Stage = Literal["pretrain", "finetune"]
 
@@ -46,6 +47,13 @@ class CrossValidated(Section):
     top1: float
     spread: float
     """Standard deviation of top1 over the folds."""
+
+
+class FittedOn(Section):
+    """What the projection to EMBEDDING was fitted to."""
+
+    images: int
+    t_end: float
 
 
 class Imported(Section):
@@ -82,6 +90,10 @@ class Facts(Section):
     """The trainings that these weights began from, oldest first, a line each for people."""
     cross_validated: CrossValidated | None = None
     """Of a head on a frozen encoder."""
+    fitted_on: FittedOn | None = None
+    """Of the projection to EMBEDDING; None without one."""
+    calibration: Calibration | None = None
+    """Of a head, on images that it was not trained on."""
 
     @property
     def complete(self) -> bool:
@@ -114,6 +126,7 @@ class Facts(Section):
         sections = ("seed", "network", "image", "data", "encoder", self.stage)
         trained = None if self.trained is None else self.trained.model_dump(include={"images", "digest"})
         return {k: recipe[k] for k in sections} | {
+            "serve": {"t_end": recipe["serve"]["t_end"]},
             "trained": trained,
             "classes": list(self.classes),
             "init": self.init,

@@ -1,6 +1,7 @@
 """Heads, and the classifier: encoder and head together."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 
 from prg.encoder import STATE_DIM, Encoder
 
-HeadInput = Literal["state", "hidden", "both"]
 HeadKind = Literal["mlp", "linear"]
 
 
@@ -17,7 +17,8 @@ class HeadConfig:
     """What the head reads, its form, and how many classes it tells apart."""
 
     classes: int
-    input: HeadInput = "state"
+    reads: tuple[str, ...] = ("state",)
+    """Features in order: "state", "hidden" (all of it), or a part of it such as "middle_block.mean"."""
     kind: HeadKind = "mlp"
     """mlp: the official head, LayerNorm, Linear, Tanh, Linear without bias. linear: LayerNorm, Linear."""
 
@@ -25,8 +26,10 @@ class HeadConfig:
 class Head(nn.Module):
     """Features to logits; the parameter names of the mlp are the official ones."""
 
-    def __init__(self, dim: int, config: HeadConfig) -> None:
+    def __init__(self, encoder: Encoder, config: HeadConfig) -> None:
         super().__init__()
+        self.columns = columns(encoder, config.reads)
+        dim = sum(end - start for start, end in self.columns)
         layers: list[nn.Module] = [nn.LayerNorm(dim)]
         if config.kind == "mlp":
             layers += [nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, config.classes, bias=False)]
@@ -34,9 +37,28 @@ class Head(nn.Module):
             layers += [nn.Linear(dim, config.classes)]
         self.classifier = nn.Sequential(*layers)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, K]."""
-        return self.classifier(features)
+    def forward(self, state: Tensor, hidden: Tensor) -> Tensor:
+        """STATE [B, 768], HIDDEN [B, D_h] -> LOGITS [B, K]."""
+        return self.classifier(self.read(state, hidden))
+
+    def read(self, state: Tensor, hidden: Tensor) -> Tensor:
+        """What it reads of them, [B, D]."""
+        both = torch.cat([state, hidden], dim=1)
+        parts: list[Tensor] = []
+        for start, end in self.columns:
+            parts.append(both[:, start:end])
+        return torch.cat(parts, dim=1)
+
+
+def columns(encoder: Encoder, reads: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Where each of `reads` begins and ends in STATE followed by HIDDEN. Raises ValueError for an unknown one."""
+    widths = {"state": STATE_DIM} | encoder.widths
+    places = dict(zip(widths, pairwise(accumulate(widths.values(), initial=0)), strict=True))
+    places["hidden"] = (STATE_DIM, STATE_DIM + encoder.hidden_dim)
+    unknown = [name for name in reads if name not in places]
+    if unknown or not reads:
+        raise ValueError(f"a head can't read {unknown}; there are: {', '.join(places)}")
+    return [places[name] for name in reads]
 
 
 class Classifier(nn.Module):
@@ -45,19 +67,9 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, config: HeadConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.input: str = config.input
-        dims = {"state": STATE_DIM, "hidden": encoder.hidden_dim, "both": STATE_DIM + encoder.hidden_dim}
-        self.head = Head(dims[config.input], config)
+        self.head = Head(encoder, config)
 
     def forward(self, x: Tensor, t_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, 3, S, S] normalised, t_end [B] -> STATE [B, 768], HIDDEN [B, D_h], LOGITS [B, K]."""
         state, hidden = self.encoder(x, t_end)
-        return state, hidden, self.head(self.head_input(state, hidden))
-
-    def head_input(self, state: Tensor, hidden: Tensor) -> Tensor:
-        """What the head reads: [B, D]."""
-        if self.input == "state":
-            return state
-        if self.input == "hidden":
-            return hidden
-        return torch.cat([state, hidden], dim=1)
+        return state, hidden, self.head(state, hidden)

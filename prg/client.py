@@ -69,6 +69,8 @@ class Classes:
     """Classes of each image, most probable first; a failed image has none, and an error."""
 
     predictions: list[list[Prediction]]
+    known: list[float | None]
+    """Of each image the share of held-out images that were less typical; None where the model has no calibration."""
     errors: dict[int, str]
     model: str
     fingerprint: str
@@ -80,8 +82,9 @@ class EmbedOptions(TypedDict, total=False):
     model: str
     model_version: str
     t_end: float | list[float]
-    feature: Literal["state", "hidden"]
+    feature: Literal["embedding", "hidden", "state"]
     normalize: bool
+    dimensions: int
 
 
 class ClassifyOptions(TypedDict, total=False):
@@ -131,7 +134,8 @@ class AsyncClient:
         """Classes of images."""
         facts, items = await self._post("/classify", images, {**options})
         predictions = [[Prediction(**p) for p in item.get("predictions", ())] for item in items]
-        return Classes(predictions, _errors(items), facts["model"], facts["fingerprint"])
+        known = [item.get("known") for item in items]
+        return Classes(predictions, known, _errors(items), facts["model"], facts["fingerprint"])
 
     async def models(self) -> dict[str, Any]:
         """What GET /models answers."""

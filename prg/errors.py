@@ -5,6 +5,7 @@ PrgError
 ├── DataError         images that can't be used
 ├── CheckpointError   a checkpoint that is missing, broken, or of another run
 ├── ExportError       an exported module that does not equal the trained model
+├── FittingError      features that no embedding can be fitted to
 ├── TrainingError     a training whose loss is not finite
 └── ProcessError      processes that can't work together, or no longer
 """
@@ -28,6 +29,10 @@ class CheckpointError(PrgError):
 
 class ExportError(PrgError):
     """The exported module is not what it must be; nothing was written."""
+
+
+class FittingError(PrgError):
+    """Features that no embedding can be fitted to; the message says which images to give."""
 
 
 class TrainingError(PrgError):

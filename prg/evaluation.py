@@ -16,7 +16,7 @@ BINS = 15
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Reliability:
     """Whether a model that is p sure is right a share p of the time."""
 
     nll: float
@@ -37,7 +37,7 @@ class Evaluation:
     version: str
     accuracy: Accuracy
     confusion: np.ndarray  # [K, K] counts, rows the true class
-    calibration: Calibration
+    reliability: Reliability
 
 
 def evaluate(
@@ -65,7 +65,9 @@ def evaluate(
         top1=round(float((top5[:, 0] == images.labels).mean()), 6),
         top5=round(float((top5 == images.labels[:, None]).any(1).mean()), 6),
     )
-    return Evaluation(runner.entry, runner.version, accuracy, confusion, calibration(logits, images.labels))
+    # As probabilities are served.
+    served = logits / prg.versions[runner.version].temperature
+    return Evaluation(runner.entry, runner.version, accuracy, confusion, reliability(served, images.labels))
 
 
 def classify(runner: Runner, pixels: np.ndarray, t_end: float) -> np.ndarray:
@@ -79,8 +81,8 @@ def classify(runner: Runner, pixels: np.ndarray, t_end: float) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
-    """logits [N, K], labels [N] -> calibration over equally wide bins (Guo et al. 2017)."""
+def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:
+    """logits [N, K], labels [N] -> reliability over equally wide bins (Guo et al. 2017)."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     confidence = np.exp(log_p.max(axis=1))
@@ -89,7 +91,7 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Cal
     counts = np.bincount(place, minlength=bins)
     sure = np.bincount(place, confidence, bins)
     correct = np.bincount(place, right, bins)
-    return Calibration(
+    return Reliability(
         nll=round(float(-log_p[np.arange(len(labels)), labels].mean()), 6),
         ece=round(float(np.abs(sure - correct).sum() / len(labels)), 6),
         confidence=_means(sure, counts),

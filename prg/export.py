@@ -1,20 +1,25 @@
 """Checkpoint to entry: the scripted extractor, proved equal to the eager model before anything is kept."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entry.config import (
+    Calibration,
+    EmbeddingFeature,
     Entry,
     EntryError,
+    FeatureName,
     Features,
     HiddenFeature,
     ImageSpec,
@@ -23,13 +28,14 @@ from entry.config import (
     Tolerance,
     Version,
     read_entry,
+    version_folders,
     write_entry,
 )
 from entry.files import sha256, write_atomically
 from entry.runner import Runner
-from prg.classifier import Classifier
-from prg.encoder import STATE_DIM, Encoder
+from prg.encoder import STATE_DIM
 from prg.errors import ExportError
+from prg.extractor import Extractor
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,102 +49,103 @@ OTHER_BATCH = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 LEVELS = (1.0, 0.9, 0.8, 0.55, 0.3, 0.0)
 
 
-class Normalise(nn.Module):
-    """uint8 [B, 3, S, S] -> the network's own units."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, image: ImageSpec) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(image.mean)[:, None, None] * 255)
-        self.register_buffer("std", torch.tensor(image.std)[:, None, None] * 255)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self.mean) / self.std
-
-
-class FeatureExtractor(nn.Module):
-    """IMAGE uint8 [B, 3, S, S], T_END [B, 1] -> STATE, HIDDEN."""
-
-    def __init__(self, encoder: Encoder, image: ImageSpec) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.normalise = Normalise(image)
-
-    def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor]:
-        state, hidden = self.encoder(self.normalise(IMAGE), T_END.flatten().clamp(0.0, 1.0))
-        return state, hidden
-
-
-class ClassExtractor(nn.Module):
-    """IMAGE uint8 [B, 3, S, S], T_END [B, 1] -> STATE, HIDDEN, LOGITS."""
-
-    def __init__(self, classifier: Classifier, image: ImageSpec) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.normalise = Normalise(image)
-
-    def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        state, hidden, logits = self.classifier(self.normalise(IMAGE), T_END.flatten().clamp(0.0, 1.0))
-        return state, hidden, logits
-
-
 @dataclass(frozen=True)
 class Export:
     """What goes into an entry beside the weights."""
 
     image: ImageSpec
     t_end: float
-    feature: Literal["state", "hidden"]
+    feature: FeatureName
     training: dict[str, Any]
+    held_out: float | None
     labels: tuple[str, ...] | None = None
     classify_t_end: tuple[float, ...] | None = None
+    calibration: Calibration | None = None
     precision: Precision = "fp32"
     compact: bool = False
     """Weights rounded to bfloat16 and the file compressed: about half the bytes. It still computes in
     `precision`, because the rounded weights are stored as its own numbers."""
+    keep: int | None = None
+    """How many versions stay in the entry, the newest; None: all."""
 
 
-def export(model: Encoder | Classifier, facts: Export, directory: Path) -> str:
-    """Write `model` as the next version of the entry in `directory`; returns the version.
+def export(extractor: Extractor, facts: Export, directory: Path) -> str:
+    """Write the model as the next version of the entry in `directory`; returns the version.
 
-    Raises EntryError where the entry there differs in what versions share, ExportError where the artefact
-    read back is not equal to the eager model or names a device.
+    Versions that are listed there but gone are dropped. Raises EntryError where the entry there differs in what
+    versions share, ExportError where the artefact read back is not equal to the eager model or names a device.
     """
-    model = prepare(model, facts)
-    extractor = _extractor(model, facts)
-    wanted = _describe(model, facts)
+    prepare(extractor, facts)
+    wanted = _describe(extractor, facts)
     existing = _existing(directory, wanted)
-    version = str(1 + max((int(v) for v in existing.versions), default=0)) if existing else "1"
+    version = str(1 + max((int(v) for v in existing.keys() | version_folders(directory)), default=0))
     with tempfile.TemporaryDirectory(prefix=".export-", dir=_made(directory.parent)) as temporary:
         staged = Path(temporary) / directory.name
         path = staged / version / "model.pt"
         path.parent.mkdir(parents=True)
         _save(extractor, path, facts.compact)
-        described = Version(sha256=sha256(path), training=facts.training, accuracy=())
+        encoder, model = digests(extractor, wanted, facts.calibration)
+        described = Version(
+            sha256=sha256(path),
+            encoder=encoder,
+            model=model,
+            training=facts.training,
+            held_out=facts.held_out,
+            calibration=facts.calibration,
+            accuracy=(),
+        )
         write_entry(staged, Entry(directory.name, replace_versions(wanted, {version: described})))
         prove_equal(extractor, staged, facts.precision)
-        if existing is None:
-            write_card(staged, read_entry(staged))
-            os.rename(staged, directory)
-            return version
-        entry = Entry(directory.name, replace_versions(wanted, existing.versions | {version: described}))
+        _made(directory)
         os.rename(path.parent, directory / version)
-        write_entry(directory, entry)
+    versions = existing | {version: described}
+    kept = sorted(versions, key=int)[-(facts.keep or len(versions)) :]
+    entry = Entry(directory.name, replace_versions(wanted, {v: versions[v] for v in kept}))
+    write_entry(directory, entry)
     write_card(directory, entry)
+    for old in versions.keys() - set(kept):
+        shutil.rmtree(directory / old)
     return version
 
 
-def prepare(model: Encoder | Classifier, facts: Export) -> Encoder | Classifier:
-    """The model as it will compute: evaluation mode, weights rounded if compact, network in its precision."""
-    model = model.eval().requires_grad_(False).cpu()
+def prepare(extractor: Extractor, facts: Export) -> None:
+    """Make the model what it will be: evaluation mode, weights rounded if compact, network in its precision."""
+    extractor.eval().requires_grad_(False).cpu()
     if facts.compact:
-        for p in model.parameters():
+        for p in extractor.parameters():
             p.data = p.data.bfloat16().to(p.dtype)
-    encoder = model.encoder if isinstance(model, Classifier) else model
-    encoder.net.to(DTYPES[facts.precision])
-    return model
+    extractor.encoder.net.to(DTYPES[facts.precision])
+    strange = [name for name, values in extractor.state_dict().items() if not bool(values.isfinite().all())]
+    if strange:
+        raise ExportError(f"{strange[0]} holds NaN or infinite numbers, so no answer could be trusted")
+
+
+def digests(extractor: Extractor, prg: Prg, calibration: Calibration | None) -> tuple[str, str]:
+    """Of everything that decides the features; and of that, the head, its labels and its calibration.
+
+    Of contents, never of a file: the same model gives the same two whenever it is exported.
+    """
+    decides = ("path", "solver", "steps", "image", "features", "precision")
+    facts = prg.model_dump(mode="json", include=set(decides)) | {
+        "network": asdict(extractor.encoder.net.config)
+    }
+    encoder = _digest(facts, {"encoder": extractor.encoder, "projection": extractor.projection})
+    head = {
+        "encoder": encoder,
+        "labels": prg.labels,
+        "calibration": calibration.model_dump(mode="json") if calibration else None,
+        "columns": extractor.head.columns if extractor.head else None,
+    }
+    return encoder, _digest(head, {"head": extractor.head, "familiarity": extractor.familiarity})
+
+
+def _digest(facts: dict[str, Any], modules: dict[str, nn.Module | None]) -> str:
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for part, module in modules.items():
+        for name, values in sorted(module.state_dict().items()) if module else ():
+            found.update(f"{part}.{name} {values.dtype} {list(values.shape)}".encode())
+            found.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def replace_versions(prg: Prg, versions: dict[str, Version]) -> Prg:
@@ -191,6 +198,7 @@ def check_no_device(module: torch.jit.ScriptModule) -> None:
 def write_card(directory: Path, entry: Entry) -> None:
     """MODEL_CARD.md from what the entry says of itself."""
     prg = entry.prg
+    hidden = prg.features.hidden
     lines = [
         f"# {entry.name}",
         "",
@@ -201,9 +209,13 @@ def write_card(directory: Path, entry: Entry) -> None:
         "on the shorter side and centre-cropped",
         f"- path `{prg.path}`, solver `{prg.solver}`, {prg.steps} step(s), {prg.nfe} network evaluations",
         f"- default feature `{prg.feature}` at t_end = {prg.t_end} (1 is the image, 0 is noise)",
-        f"- state: {prg.features.state.dim} numbers; hidden: {prg.features.hidden.dim} numbers of "
-        f"{', '.join(prg.features.hidden.layers)}",
+        f"- state: {prg.features.state.dim} numbers; hidden: {hidden.dim} numbers, the {' and '.join(hidden.pooling)} "
+        f"over space of {', '.join(hidden.layers)}",
     ]
+    if prg.features.embedding:
+        lines.append(
+            f"- embedding: {prg.features.embedding.dim} numbers, a projection of hidden; compare by cosine"
+        )
     if prg.labels:
         lines += [
             f"- classes: {', '.join(prg.labels)}",
@@ -225,51 +237,54 @@ def _written(value: object) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _extractor(model: Encoder | Classifier, facts: Export) -> nn.Module:
-    kind: type[nn.Module] = ClassExtractor if isinstance(model, Classifier) else FeatureExtractor
-    return kind(model, facts.image).eval()
-
-
-def _describe(model: Encoder | Classifier, facts: Export) -> Prg:
+def _describe(extractor: Extractor, facts: Export) -> Prg:
     """The parameter, its versions still to come."""
-    encoder = model.encoder if isinstance(model, Classifier) else model
+    encoder, projection = extractor.encoder, extractor.projection
     config = encoder.config
+    nothing = Version(
+        sha256="0" * 64, encoder="0" * 64, model="0" * 64, training={}, held_out=None, accuracy=()
+    )
     return Prg(
-        format=1,
+        format=2,
         path=config.path,
         solver=config.solver,
         steps=config.steps,
         nfe=config.nfe,
         image=facts.image,
         t_end=facts.t_end,
-        feature=facts.feature,
+        # Without a projection there is no embedding to answer with.
+        feature="hidden" if facts.feature == "embedding" and projection is None else facts.feature,
         features=Features(
             state=StateFeature(dim=STATE_DIM),
-            hidden=HiddenFeature(dim=encoder.hidden_dim, layers=config.layers),
+            hidden=HiddenFeature(dim=encoder.hidden_dim, layers=encoder.layers, pooling=config.pooling),
+            embedding=EmbeddingFeature(dim=len(projection.scale)) if projection else None,
         ),
         labels=facts.labels,
         classify_t_end=facts.classify_t_end,
         precision=facts.precision,
         tolerance=TOLERANCES[facts.precision],
-        versions={"1": Version(sha256="0" * 64, training={}, accuracy=())},
+        versions={"1": nothing},
     )
 
 
-def _existing(directory: Path, wanted: Prg) -> Prg | None:
-    """What is in `directory` already, if that is an entry that this can be a version of."""
+def _existing(directory: Path, wanted: Prg) -> dict[str, Version]:
+    """The versions in `directory`, if there is an entry, and this can be a version of it."""
     if not (directory / "config.pbtxt").exists():
         if directory.exists() and any(directory.iterdir()):
             raise EntryError(f"{directory}: is there, but is no entry (no config.pbtxt); name another folder")
-        return None
-    existing = read_entry(directory).prg
-    ours, theirs = (p.model_dump(exclude={"versions"}) for p in (wanted, existing))
-    changed = [f"{k} ({theirs[k]!r} there, {ours[k]!r} here)" for k in ours if ours[k] != theirs[k]]
+        return {}
+    there = read_entry(directory)
+    ours, theirs = (p.model_dump(exclude={"versions"}) for p in (wanted, there.prg))
+    keys = dict.fromkeys((*ours, *theirs))
+    changed = [
+        f"{k} ({theirs.get(k)!r} there, {ours.get(k)!r} here)" for k in keys if ours.get(k) != theirs.get(k)
+    ]
     if changed:
         raise EntryError(
             f"{directory}: versions of one entry share everything but their weights, and these differ: "
             f"{'; '.join(changed)}. Export under a new name"
         )
-    return existing
+    return {v: there.prg.versions[v] for v in there.usable_versions}
 
 
 def _save(extractor: nn.Module, path: Path, compact: bool) -> None:
@@ -282,6 +297,8 @@ def _save(extractor: nn.Module, path: Path, compact: bool) -> None:
         shutil.move(path, plain)
         with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
             for item in source.infolist():
+                if item.filename.endswith(".debug_pkl"):
+                    continue  # line numbers for tracebacks
                 undated = zipfile.ZipInfo(item.filename)  # the same weights give the same bytes
                 target.writestr(undated, source.read(item), zipfile.ZIP_DEFLATED, 9)
         plain.unlink()

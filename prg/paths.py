@@ -131,9 +131,9 @@ class VelocityField(nn.Module):
             return 0.5 * vp_beta(at) * (x - self.net(x, t) / vp_sigma(at))
         return self.net(x, t)
 
-    def activations(self, x: Tensor, t: Tensor, blocks: list[int]) -> Tensor:
-        """Spatial averages of the numbered blocks of one evaluation at (x, t): [B, D_h]."""
-        return self.net.activations(x, t, blocks)
+    def activations(self, x: Tensor, t: Tensor, blocks: list[int], pooling: list[str]) -> Tensor:
+        """The numbered blocks of one evaluation at (x, t), pooled over space: [B, D_h]."""
+        return self.net.activations(x, t, blocks, pooling)
 
 
 def flow_matching_loss(net: nn.Module, path: Path, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -7,29 +7,34 @@ from typing import Any
 from entry.files import sha256
 from prg.checkpoint import Facts, Stage
 from prg.export import Export, Precision, export
-from prg.training.finetune import load_trained
+from prg.trained import load_trained
 from prg.training.run import Run
 
 
-def publish(run: Run, stage: Stage, directory: Path, precision: Precision, compact: bool) -> str:
+def publish(
+    run: Run, stage: Stage, directory: Path, precision: Precision, compact: bool, keep: int | None = None
+) -> str:
     """Export the run's model of that stage to the entry in `directory`; returns the version written.
 
     Raises CheckpointError where the stage has no checkpoint, and whatever `export` raises.
     """
     path = run.checkpoint(stage)
-    model, facts = load_trained(path)
+    extractor, facts = load_trained(path)
     described = Export(
         # As it was trained, whatever recipe.json says by now.
         image=facts.recipe.image.spec,
-        t_end=run.recipe.serve.t_end,
+        t_end=facts.recipe.serve.t_end,
         feature=run.recipe.serve.feature,
+        held_out=facts.held_out,
+        calibration=facts.calibration,
         training=training_facts(run.recipe.about, facts) | {"checkpoint": sha256(path)},
         labels=facts.classes or None,
         classify_t_end=facts.recipe.finetune.t_end if stage == "finetune" else None,
         precision=precision,
         compact=compact,
+        keep=keep,
     )
-    return export(model, described, directory)
+    return export(extractor, described, directory)
 
 
 def training_facts(about: str, facts: Facts) -> dict[str, Any]:
@@ -40,12 +45,16 @@ def training_facts(about: str, facts: Facts) -> dict[str, Any]:
         "commit": commit(),
         "split": facts.recipe.data.train,
         "history": [*facts.history, facts.summary()],
-        "held_out": facts.held_out,
+        "network": facts.recipe.model_dump(mode="json")["network"],
         "trained_on": facts.trained_on,
     }
     if facts.trained is not None:
         hours = round(facts.trained.seconds / 3600, 3)
         made |= {"images": facts.trained.images, "hours": hours, "device": facts.trained.device}
+    if facts.fitted_on is not None:
+        made["fitted_on"] = facts.fitted_on.model_dump(mode="json")
+    if facts.stage == "finetune":
+        made["head_input"] = facts.recipe.finetune.head_input
     if facts.imported is not None:
         made["imported"] = facts.imported.model_dump(mode="json")
     if facts.cross_validated is not None:

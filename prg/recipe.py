@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from entry.config import ImageSpec
-from prg.classifier import HeadConfig, HeadInput, HeadKind
-from prg.encoder import EncoderConfig
+from entry.config import FeatureName, ImageSpec
+from prg.classifier import HeadConfig, HeadKind, columns
+from prg.encoder import Encoder, EncoderConfig
 from prg.errors import RecipeError
 from prg.recipes import read_shipped, shipped_recipes
 from prg.unet import PRESETS, UNet, UNetConfig
@@ -120,7 +120,8 @@ class Finetune(Optimisation):
     t_end: Annotated[tuple[BelowOne, ...], Field(min_length=1)] = (0.8,)
     """Levels the head is trained at, one drawn per image; the first is the default when serving. (1 would be no
     reverse solve.)"""
-    head_input: HeadInput = "both"
+    head_input: Annotated[tuple[str, ...], Field(min_length=1)] = ("state", "middle_block.mean")
+    """What the head reads: "state", "hidden" (all of it), or parts of it, a layer and a pooling."""
     head: HeadKind = "mlp"
     label_smoothing: BelowOne = 0.1
     beta: NotNegative = 0.0
@@ -132,10 +133,17 @@ class Finetune(Optimisation):
     freeze: bool = False
     """Keep the encoder and fit a linear head alone: features are computed once (and those of mirrored images, if
     `augment` has flip), then the head is fitted to all of them at once. Made for few labels: minutes."""
-    penalties: Annotated[tuple[NotNegative, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1)
+    penalties: Annotated[tuple[NotNegative, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """With `freeze`: weights of the squared norm of the head's matrix; cross-validation chooses one."""
     save_memory: bool = True
     """Checkpoint every network evaluation: the same gradient, less memory, a third more time."""
+
+    @field_validator("head_input", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _frozen_is_linear(self) -> "Finetune":
@@ -151,7 +159,7 @@ class Serve(Section):
     """What /embed answers with when it is not asked for anything else."""
 
     t_end: Level = 0.8
-    feature: Literal["state", "hidden"] = "hidden"
+    feature: FeatureName = "embedding"
 
 
 class Recipe(Section):
@@ -177,8 +185,8 @@ class Recipe(Section):
                 f"image.size = {self.image.size}, but network = {self.network!r} takes {self.unet.image_size}"
             )
         with torch.device("meta"):  # shapes alone, to know the names of its blocks
-            net = UNet(self.unet)
-        net.block_numbers(self.encoder.layers)
+            encoder = Encoder(UNet(self.unet), self.encoder)
+        columns(encoder, self.finetune.head_input)
         return self
 
     @property

@@ -66,7 +66,7 @@ def open_target(
             found=splits(data),
             train=training.get("split", "train"),
             test="",
-            held_out=training.get("held_out"),
+            held_out=described.held_out if described else None,
             trained_on=training.get("trained_on", ()),
             seen=seen,
             load=load,

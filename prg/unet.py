@@ -211,11 +211,27 @@ class Block(nn.Sequential):
         return x
 
 
+def pool(h: Tensor, pooling: list[str]) -> list[Tensor]:
+    """h [B, C, H, W] -> one [B, C] for each of `pooling`, in float32: "mean" or "std" over space."""
+    flat = h.float().flatten(2)
+    mean = flat.mean([2])
+    pooled: list[Tensor] = []
+    for kind in pooling:
+        if kind == "mean":
+            pooled.append(mean)
+        else:
+            # By the norm, because var() is many times slower on processors. The small number keeps the gradient finite
+            # where a channel is constant.
+            norm = torch.linalg.vector_norm(flat - mean.unsqueeze(2), dim=[2])
+            pooled.append((norm * norm / flat.shape[2] + 1e-6).sqrt())
+    return pooled
+
+
 class UNet(nn.Module):
     """Velocity network: x [B, 3, S, S] and t [B] (noise 0, data 1, unscaled) -> v [B, 3, S, S].
 
     Its blocks are numbered in the order they run: input_blocks, middle_block, output_blocks. `activations`
-    averages the outputs of chosen blocks over space and runs no block past the last one chosen.
+    pools the outputs of chosen blocks over space and runs no block past the last one chosen.
 
     It computes in the precision of its weights and answers in float32.
     """
@@ -277,17 +293,19 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        h, _ = self.walk(x, t, [], len(self.input_blocks) + len(self.output_blocks))
+        h, _ = self.walk(x, t, [], [], len(self.input_blocks) + len(self.output_blocks))
         v = self.out(h).float()
         return F.pixel_shuffle(v, self.patch) if self.patch > 1 else v
 
-    def activations(self, x: Tensor, t: Tensor, blocks: list[int]) -> Tensor:
-        """Outputs of the numbered blocks, averaged over space, in running order: [B, sum of their channels]."""
-        _, pooled = self.walk(x, t, blocks, max(blocks))
+    def activations(self, x: Tensor, t: Tensor, blocks: list[int], pooling: list[str]) -> Tensor:
+        """Outputs of the numbered blocks in running order, each pooled over space: [B, channels x poolings]."""
+        _, pooled = self.walk(x, t, blocks, pooling, max(blocks))
         return torch.cat(pooled, dim=1)
 
-    def walk(self, x: Tensor, t: Tensor, taps: list[int], last: int) -> tuple[Tensor, list[Tensor]]:
-        """Run the blocks up to number `last`; returns its output and the averages of those in `taps`."""
+    def walk(
+        self, x: Tensor, t: Tensor, taps: list[int], pooling: list[str], last: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks up to number `last`; returns its output, and what is pooled of those in `taps`."""
         precision = self.out[2].weight.dtype
         if self.times > 0:
             t = (self.times * (1 - t) - 1).clamp(0, self.times - 1)
@@ -303,18 +321,18 @@ class UNet(nn.Module):
                 if self.pushed[number]:
                     skips.append(h)
                 if number in taps:
-                    pooled.append(h.float().mean(dim=[2, 3]))
+                    pooled = pooled + pool(h, pooling)
             number += 1
         if number <= last:
             h = self.middle_block(h, emb)
             if number in taps:
-                pooled.append(h.float().mean(dim=[2, 3]))
+                pooled = pooled + pool(h, pooling)
         number += 1
         for block in self.output_blocks:
             if number <= last:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
                 if number in taps:
-                    pooled.append(h.float().mean(dim=[2, 3]))
+                    pooled = pooled + pool(h, pooling)
             number += 1
         return h, pooled
 
@@ -327,12 +345,16 @@ class UNet(nn.Module):
         ]
 
     def block_numbers(self, names: tuple[str, ...]) -> list[int]:
-        """Numbers of the named blocks. Raises ValueError for an unknown name or names out of running order."""
+        """Numbers of the named blocks; "input_blocks" and "output_blocks" stand for all of theirs.
+
+        Raises ValueError for an unknown name or names out of running order.
+        """
         known = self.block_names()
-        unknown = [n for n in names if n not in known]
+        found = [[k for k in known if name in (k, k.partition(".")[0])] for name in names]
+        unknown = [name for name, blocks in zip(names, found, strict=True) if not blocks]
         if unknown or not names:
             raise ValueError(f"unknown layers {unknown}: this network has {', '.join(known)}")
-        numbers = [known.index(n) for n in names]
+        numbers = [known.index(block) for blocks in found for block in blocks]
         if numbers != sorted(set(numbers)):
             raise ValueError(f"layers must be named once each, in running order: {', '.join(known)}")
         return numbers

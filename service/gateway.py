@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from fastapi import Request
@@ -18,7 +19,7 @@ from service.intake import Item
 from service.limits import priority, while_connected
 from service.readiness import Readiness
 from service.settings import Settings
-from service.telemetry import Metrics
+from service.telemetry import Metrics, log
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C Trace Context."""
@@ -31,12 +32,12 @@ class Chosen:
     entry: Entry
     version: str
 
-    def facts(self) -> dict[str, str]:
-        """How the answer names them."""
+    def facts(self, of: Literal["encoder", "model"]) -> dict[str, str]:
+        """How the answer names them; the fingerprint is of what made it."""
         return {
             "model": self.entry.name,
             "model_version": self.version,
-            "fingerprint": self.entry.fingerprint(self.version),
+            "fingerprint": getattr(self.entry.fingerprints(self.version), of),
         }
 
 
@@ -45,16 +46,17 @@ class Results:
     """What became of a request's images: the errors by index, and the values of the others in their order."""
 
     errors: dict[int, ImageError]
-    values: np.ndarray  # float32 [good images, levels, D]
+    values: np.ndarray  # float32 [good images, levels, D], the outputs asked for side by side
 
     @property
     def count(self) -> int:
         """Of all images."""
         return len(self.errors) + len(self.values)
 
-    def normalized(self) -> "Results":
-        """The same with each vector scaled to length 1."""
-        return Results(self.errors, unit_length(self.values))
+    def vectors(self, dim: int, normalize: bool) -> "Results":
+        """The first `dim` numbers of each vector, on request scaled to length 1."""
+        values = self.values[..., :dim]
+        return Results(self.errors, unit_length(values) if normalize else values)
 
 
 class Gateway:
@@ -68,6 +70,7 @@ class Gateway:
         self.readiness = Readiness(engine, self.default_model)
         self.admission = Admission(settings.queue_images, metrics)
         self._decoder = Decoder(settings, metrics)
+        self._default = settings.default_model or None
 
     async def close(self) -> None:
         """Stop the engine, then free what decodes."""
@@ -79,10 +82,18 @@ class Gateway:
         return {name: status.state for name, status in self.engine.models().items()}
 
     def default_model(self) -> str | None:
-        """PRG_DEFAULT_MODEL, else the first by name of those that can be served, else the first."""
+        """PRG_DEFAULT_MODEL, else the first by name of those that were served when the first was.
+
+        From then on that one: whatever a reload brings or takes, an unnamed request never moves to another model.
+        """
         models = self.engine.models()
-        usable = (name for name, status in models.items() if status.entry is not None)
-        return self.settings.default_model or next(usable, next(iter(models), None))
+        if self._default is None:
+            served = [name for name, status in models.items() if status.ready]
+            if served:
+                self._default = served[0]
+                why = f"the first by name of {len(served)} that are served; PRG_DEFAULT_MODEL names another"
+                log.info("default model", model=served[0], why=why if served[1:] else "the only one")
+        return self._default or next(iter(models), None)
 
     def choose(self, model: str | None, version: str | None = None) -> Chosen:
         """The model a request means. Raises Problem: 422 for an unknown one, 503 for one that failed."""
@@ -96,6 +107,10 @@ class Gateway:
         if status is None or status.entry is None:
             reason = status.reason if status else "no such model is loaded"
             raise unavailable(f"{name} can't be served: {reason}", 5)
+        if version is not None and version in status.failed_versions:
+            raise unavailable(
+                f"{name} version {version} can't be served: {status.failed_versions[version]}", 5
+            )
         if version is not None and version not in status.versions:
             known = ", ".join(status.versions)
             raise Problem(UNKNOWN_MODEL_VERSION, f"{name} has no version {version!r}; there are: {known}")
@@ -108,7 +123,7 @@ class Gateway:
         items: Sequence[Item],
         chosen: Chosen,
         levels: tuple[float, ...],
-        output: str,
+        outputs: tuple[str, ...],
         due: float,
     ) -> Results:
         """Results of a request's images; the caller hanging up ends the work. Raises Problem."""
@@ -129,15 +144,16 @@ class Gateway:
                 job = Job(
                     model=entry.name,
                     version=version,
-                    fingerprint=entry.fingerprint(version),
+                    sha256=entry.prg.versions[version].sha256,
                     images=np.repeat(np.stack(images), len(levels), axis=0),
                     t_end=np.tile(np.array(levels, np.float32), len(images)),
-                    outputs=(output,),
+                    outputs=outputs,
                     due=due,
                     priority=queue,
                     headers=trace,
                 )
-                values = (await self._compute(job))[output]
+                computed = await self._compute(job)
+                values = np.concatenate([computed[name] for name in outputs], axis=1)
             return Results(errors, values.reshape(len(images), len(levels), -1))
 
         results = await while_connected(request, work())

@@ -5,7 +5,7 @@ from typing import Any, get_args
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from entry.config import Accuracy, Features, HiddenFeature, StateFeature
+from entry.config import Accuracy, EmbeddingFeature, Features, Fingerprints, HiddenFeature, StateFeature
 from service import errors, schemas
 
 Responses = dict[int | str, dict[str, Any]]
@@ -21,20 +21,23 @@ NUMBERS = [5.128, -3.499, -86.516, 9.579]
 BROKEN = schemas.ProblemBody(**errors.problem_body(errors.NOT_AN_IMAGE, errors.NOT_AN_IMAGE.when))
 SHIP = schemas.Prediction(label="ship", class_id=8, probability=0.917, logit=4.375)
 PLANE = schemas.Prediction(label="airplane", class_id=0, probability=0.017, logit=0.409)
+FINGERPRINTS = Fingerprints(encoder="c6fe54d8a065", model="c38522af228e")
 FACTS: dict[str, Any] = {
-    **{"model": "prg-cifar10", "model_version": "1", "fingerprint": "f9271d0f313c", "t_end": 0.8},
+    **{"model": "prg-cifar10", "model_version": "1", "t_end": 0.8},
     "usage": schemas.Usage(images=2, failed=1),
 }
 EMBED = schemas.EmbedAnswer(
     **FACTS,
-    feature="hidden",
+    fingerprint=FINGERPRINTS.encoder,
+    feature="embedding",
     dim=256,
     data=[schemas.EmbedItem(index=0, embedding=NUMBERS), schemas.EmbedItem(index=1, error=BROKEN)],
 )
 CLASSIFY = schemas.ClassifyAnswer(
     **FACTS,
+    fingerprint=FINGERPRINTS.model,
     data=[
-        schemas.ClassifyItem(index=0, predictions=[SHIP, PLANE]),
+        schemas.ClassifyItem(index=0, known=0.41, predictions=[SHIP, PLANE]),
         schemas.ClassifyItem(index=1, error=BROKEN),
     ],
 )
@@ -50,9 +53,13 @@ MODEL = schemas.ModelInfo(
     versions=["1"],
     default_version="1",
     image_size=32,
-    feature="hidden",
+    feature="embedding",
     t_end=0.8,
-    features=Features(state=StateFeature(dim=768), hidden=HiddenFeature(dim=256, layers=("middle_block",))),
+    features=Features(
+        state=StateFeature(dim=768),
+        hidden=HiddenFeature(dim=512, layers=("middle_block",), pooling=("mean", "std")),
+        embedding=EmbeddingFeature(dim=256),
+    ),
     labels=["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
     classify_t_end=[0.8],
     path="icfm",
@@ -60,6 +67,8 @@ MODEL = schemas.ModelInfo(
     steps=1,
     nfe=2,
     accuracy=[Accuracy(data="cifar10/test", images=10000, top1=0.9482, top5=0.9949)],
+    fingerprints={"1": FINGERPRINTS},
+    failed_versions={},
 )
 FAILED = schemas.ModelInfo(name="broken", state="failed", reason="1/model.pt: No such file or directory")
 OPENAI_MODELS = schemas.OpenAIModels(data=[schemas.OpenAIModel(id="prg-cifar10")])

@@ -57,7 +57,7 @@ class Readiness:
         job = Job(
             model=name,
             version=status.default_version,
-            fingerprint=status.entry.fingerprint(status.default_version),
+            sha256=status.modules[status.default_version],
             images=np.zeros((1, 3, size, size), np.uint8),
             t_end=np.full(1, status.entry.prg.t_end, np.float32),
             outputs=("STATE",),

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from entry.config import Accuracy, Features
+from entry.config import Accuracy, FeatureName, Features, Fingerprints
 
 MAX_LEVELS = 8
 Priority = Literal["interactive", "bulk"]
@@ -36,7 +36,10 @@ class EmbedOptions(Options):
     t_end: Level | Annotated[list[Level], Field(min_length=1, max_length=MAX_LEVELS)] | None = Field(
         None, description=f"a number from 0 (noise) to 1 (the image), or up to {MAX_LEVELS} of them"
     )
-    feature: Literal["state", "hidden"] | None = Field(None, description="state or hidden")
+    feature: FeatureName | None = Field(None, description="embedding, hidden or state")
+    dimensions: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="a whole number: so many of the first numbers of embedding"
+    )
     normalize: bool = Field(False, description="true or false; true scales each embedding to length 1")
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="float (numbers) or base64 (of little-endian float32)"
@@ -61,9 +64,9 @@ class EmbeddingsRequest(BaseModel):
     input: str | list[str] = Field(description="data URIs or base64 strings of images, one or a list")
     model: str
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, description="only the model's own")
+    dimensions: int | None = Field(None, description="so many of the first numbers of embedding")
     user: str | None = Field(None, description="ignored")
-    feature: Literal["state", "hidden"] | None = None
+    feature: FeatureName | None = None
     t_end: Level | None = None
     normalize: bool = False
 
@@ -149,7 +152,7 @@ class EmbedItem(BaseModel):
 
 
 class Answer(BaseModel):
-    """What both POST routes answer; vectors with different fingerprints must not be compared."""
+    """What both POST routes answer; embeddings with different fingerprints must not be compared."""
 
     model: str
     model_version: str
@@ -160,7 +163,7 @@ class Answer(BaseModel):
 class EmbedAnswer(Answer):
     """Answer of POST /embed, items in the order of the input."""
 
-    feature: Literal["state", "hidden"]
+    feature: FeatureName
     t_end: float | list[float]
     dim: int
     data: list[EmbedItem]
@@ -179,6 +182,7 @@ class ClassifyItem(BaseModel):
     """One image's classes."""
 
     index: int
+    known: float | None = None
     predictions: list[Prediction] | None = None
     logits: list[float] | None = None
     error: ProblemBody | None = None
@@ -212,6 +216,8 @@ class ModelInfo(BaseModel):
     steps: int | None = None
     nfe: int | None = None
     accuracy: list[Accuracy] | None = None
+    fingerprints: dict[str, Fingerprints] | None = None
+    failed_versions: dict[str, str] | None = None
 
 
 class ModelList(BaseModel):

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from entry.config import Fingerprints
 from service.errors import INTERNAL_ERROR, Problem
 from service.limits import HungUp
 
@@ -54,7 +55,7 @@ class Metrics:
             "prg_engine_failures", "Calls that a Triton failed, retried or not", ["address"]
         )
         self._ready_models = gauge("prg_model_ready", "1 ready, 0 failed", ["model"])
-        versions = ["model", "version", "fingerprint"]
+        versions = ["model", "version", "encoder", "fingerprint"]
         self._info = gauge("prg_model_info", "1 for each version served", versions)
         self.ready = gauge("prg_ready", "1 where /health/ready is good")
 
@@ -65,14 +66,14 @@ class Metrics:
         for reason in REJECTIONS:
             self._rejected.labels(reason)
 
-    def models(self, served: Mapping[str, tuple[bool, Mapping[str, str]]]) -> None:
-        """Show these models and no other: name -> (ready, fingerprint by version)."""
+    def models(self, served: Mapping[str, tuple[bool, Mapping[str, Fingerprints]]]) -> None:
+        """Show these models and no other: name -> (ready, fingerprints by version)."""
         self._ready_models.clear()
         self._info.clear()
         for name, (ready, fingerprints) in served.items():
             self._ready_models.labels(name).set(ready)
-            for version, fingerprint in fingerprints.items():
-                self._info.labels(name, version, fingerprint).set(1)
+            for version, found in fingerprints.items():
+                self._info.labels(name, version, found.encoder, found.model).set(1)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""

@@ -35,7 +35,7 @@ def test_the_nearest_of_all(index: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main([*query, "-k", "5", "--exact", "--grid", str(grid)]) == 0
     found = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert len(found) == 5
-    assert all(int(Path(path).stem) < 15 for _, path in found)  # standardised: the other half is opposite
+    assert all(int(Path(path).stem) < 15 for _, path in found)
     with Image.open(grid) as drawn:
         assert drawn.width > 5 * 64
 
@@ -97,31 +97,10 @@ def test_both_forms_of_vectors_are_read(index: Path, tmp_path: Path) -> None:
     assert a[2] == b[2]
 
 
-def test_every_number_of_a_vector_counts_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Eight numbers tell two kinds apart, two are large and tell nothing, one never changes."""
-    kind = np.repeat(np.arange(40)[:, None] % 2, 8, axis=1)
-    loud = np.random.default_rng(0).normal(size=(40, 2)) * 100
-    vectors = np.concatenate([kind, loud, np.full((40, 1), 0.1)], axis=1)
-    np.save(tmp_path / "v.npy", vectors.astype(np.float32))
-    lines = [json.dumps({"path": f"{i}.png"}) for i in range(40)]
-    (tmp_path / "v.jsonl").write_text("\n".join(lines))
-
-    def of_its_kind(*options: str) -> list[bool]:
-        index = str(tmp_path / "i.usearch")
-        assert main(["index", str(tmp_path / "v.npy"), index, *options]) == 0
-        capsys.readouterr()
-        assert main(["query", index, "0.png", "-k", "5", "--exact"]) == 0
-        found = [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]]
-        return [int(Path(path).stem) % 2 == 0 for path in found]
-
-    assert all(of_its_kind())
-    assert not all(of_its_kind("--as-is"))
-
-
 def test_an_index_of_another_version_is_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = index.with_suffix(".json")
     facts = json.loads(about.read_text())
-    del facts["scale"]
+    del facts["made_by"]
     about.write_text(json.dumps(facts))
     assert main(["query", str(index), str(index.parent / "photos" / "29.png")]) == 1
     assert "index the vectors again" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from entry.config import (
+    Calibration,
+    EmbeddingFeature,
     Entry,
     Features,
     HiddenFeature,
@@ -22,17 +24,21 @@ from entry.config import (
 )
 
 LABELS = ("red", "green", "blue", "late")
+TINY_CALIBRATION = Calibration(
+    temperature=2.0, known_quantiles=tuple(i / 100 - 1 for i in range(101)), images=50
+)
 
 
 class Tiny(nn.Module):
-    """HIDDEN is (red, green, blue, t_end), each in [0, 1]; LOGITS ten times that; STATE the scaled pixels."""
+    """EMBEDDING is (red, green, blue, t_end), each in [0, 1], HIDDEN that and a 1, LOGITS ten times that; KNOWN is
+    minus the red; STATE the scaled pixels."""
 
     def __init__(self, head: bool, bias: float) -> None:
         super().__init__()
         self.head = head
         self.register_buffer("bias", torch.tensor(bias))
 
-    def hidden(self, IMAGE: Tensor, T_END: Tensor) -> Tensor:
+    def embedding(self, IMAGE: Tensor, T_END: Tensor) -> Tensor:
         return torch.cat([IMAGE.float().mean((2, 3)) / 255, T_END], 1) + self.bias
 
     def state(self, IMAGE: Tensor, T_END: Tensor) -> Tensor:
@@ -41,14 +47,20 @@ class Tiny(nn.Module):
 
 
 class TinyFeatures(Tiny):
-    def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor]:
-        return self.state(IMAGE, T_END), self.hidden(IMAGE, T_END)
+    def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = self.embedding(IMAGE, T_END)
+        return self.state(IMAGE, T_END), hidden(embedding), embedding
 
 
 class TinyClasses(Tiny):
-    def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = self.hidden(IMAGE, T_END)
-        return self.state(IMAGE, T_END), hidden, hidden * 10
+    def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        embedding = self.embedding(IMAGE, T_END)
+        state = self.state(IMAGE, T_END)
+        return state, hidden(embedding), embedding, embedding * 10, -embedding[:, :1]
+
+
+def hidden(embedding: Tensor) -> Tensor:
+    return torch.cat([embedding, torch.ones_like(embedding[:, :1])], 1)
 
 
 @cache
@@ -77,17 +89,30 @@ def write_tiny_entry(
         path = directory / version / "model.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        described[version] = Version(sha256=hashlib.sha256(content).hexdigest(), training={}, accuracy=())
+        digest = hashlib.sha256(content).hexdigest()
+        described[version] = Version(
+            sha256=digest,
+            encoder=digest,
+            model=digest[::-1],
+            training={},
+            held_out=None,
+            calibration=TINY_CALIBRATION if head else None,
+            accuracy=(),
+        )
     prg = Prg(
-        format=1,
+        format=2,
         path="icfm",
         solver="euler",
         steps=1,
         nfe=2,
         image=ImageSpec(size=size, resize=size, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3),
         t_end=t_end,
-        feature="hidden",
-        features=Features(state=StateFeature(dim=768), hidden=HiddenFeature(dim=4, layers=("middle_block",))),
+        feature="embedding",
+        features=Features(
+            state=StateFeature(dim=768),
+            hidden=HiddenFeature(dim=5, layers=("middle_block",), pooling=("mean",)),
+            embedding=EmbeddingFeature(dim=4),
+        ),
         classify_t_end=classify_t_end if head else None,
         labels=LABELS if head else None,
         precision="fp32",
@@ -98,9 +123,9 @@ def write_tiny_entry(
     return directory
 
 
-def tiny_fingerprint(version: str = "1", head: bool = True) -> str:
-    """Of a version that `write_tiny_entry` wrote."""
-    return hashlib.sha256(tiny_module(head, (int(version) - 1) / 100)).hexdigest()[:12]
+def tiny_digest(version: str = "1", head: bool = True) -> str:
+    """sha256 of a module that `write_tiny_entry` wrote; the encoder's digest too, and backwards the model's."""
+    return hashlib.sha256(tiny_module(head, (int(version) - 1) / 100)).hexdigest()
 
 
 def png(colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (40, 32)) -> bytes:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
                 page.goto(address)
                 page.get_by_label("Try the drawing of a ship").click()
                 page.get_by_label("Compare with the drawing of a car").click()
-                page.wait_for_selector("#similarity .columns:not([hidden])")
+                page.wait_for_selector("#similarity .number:not(:empty)")
                 page.wait_for_selector("[aria-busy]", state="detached")
                 shot = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
                 few = shot.quantize(256, dither=Image.Dither.NONE)

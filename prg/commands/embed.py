@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--model", help="of the service; by default its own choice")
     sub.add_argument("--t-end", type=float, help="from 0 (noise) to 1 (the image); by default the model's")
-    sub.add_argument("--feature", choices=("state", "hidden"), help="by default the model's")
+    sub.add_argument("--feature", choices=("embedding", "hidden", "state"), help="by default the model's")
     sub.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
     sub.set_defaults(command=_embed, extra="embedded")
 

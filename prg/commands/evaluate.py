@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--judge",
         type=Path,
-        help="entry in whose HIDDEN generated images are compared; by default the target",
+        help="entry in whose features generated images are compared; by default the target",
     )
     sub.set_defaults(command=_evaluate)
 
@@ -96,7 +96,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from prg.studies.accuracy import accuracy
 
         _write(accuracy(result, arguments.target.resolve().name), arguments, "accuracy")
-    figures = result.accuracy.model_dump() | {"ece": result.calibration.ece, "nll": result.calibration.nll}
+    figures = result.accuracy.model_dump() | {"ece": result.reliability.ece, "nll": result.reliability.nll}
     _show(figures, result.entry.prg.labels or (), result.confusion.tolist())
 
 

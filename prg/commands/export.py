@@ -1,4 +1,4 @@
-"""prg export: a run's model as an entry."""
+"""prg export: a run's model, or an entry's, as an entry."""
 
 import argparse
 from pathlib import Path
@@ -11,30 +11,64 @@ def add(commands: Commands) -> None:
     sub = commands.add_parser(
         "export",
         help="write a model repository entry",
-        description="Write the run's model as a new version of an entry that Triton or prg-serve loads.",
+        description="Write the run's model as a new version of an entry that Triton or prg-serve loads. Given an entry "
+        "instead of a run, fit its embedding to the images of --data, and write that.",
     )
-    sub.add_argument("run", type=Path, help="folder of the run")
-    sub.add_argument("entry", type=Path, help="folder of the entry, such as model_repository/mine")
+    sub.add_argument("source", type=Path, metavar="RUN", help="folder of the run, or of an entry")
+    sub.add_argument("entry", type=Path, help="folder of the entry to write, such as model_repository/mine")
     sub.add_argument(
         "--stage",
         choices=("finetune", "pretrain"),
         default="finetune",
         help="pretrain: an entry without head, for /embed alone (default: finetune)",
     )
-    sub.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    sub.add_argument(
+        "--data",
+        default="",
+        help="where RUN is an entry: images to fit the embedding to, with a head labelled ones",
+    )
+    sub.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="default: fp32, or that of the entry"
+    )
     sub.add_argument(
         "--compact",
         action="store_true",
         help="round the weights to bfloat16 and compress the file, to about half its bytes",
     )
+    sub.add_argument(
+        "--prune",
+        type=_positive,
+        metavar="KEEP",
+        help="keep so many versions, the newest, and remove older ones",
+    )
     sub.set_defaults(command=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from prg.publish import publish
-    from prg.training.run import open_run
+    how = (arguments.compact, arguments.prune)
+    if (arguments.source / "config.pbtxt").is_file():
+        version = _from_entry(arguments, how)
+    else:
+        from prg.publish import publish
+        from prg.training.run import open_run
 
-    run = open_run(arguments.run)
-    version = publish(run, arguments.stage, arguments.entry, arguments.precision, arguments.compact)
+        run = open_run(arguments.source)
+        version = publish(run, arguments.stage, arguments.entry, arguments.precision or "fp32", *how)
     path = arguments.entry / version / "model.pt"
     print(f"exported: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _from_entry(arguments: argparse.Namespace, how: tuple[bool, int | None]) -> str:
+    from prg.errors import DataError
+    from prg.reexport import reexport
+
+    if not arguments.data:
+        raise DataError(f"{arguments.source}: an entry; say with --data which images to fit the embedding to")
+    return reexport(arguments.source, arguments.entry, arguments.data, arguments.precision, *how)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 version is kept")
+    return number

@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
         sub.add_argument("source", type=Path, metavar=metavar, help=text)
         sub.add_argument("run", type=Path, help="folder of the new run")
         sub.add_argument("--recipe", required=True, help=RECIPES)
-        add_overrides(sub, "images for what comes next; a head's classes are named after them")
+        add_overrides(sub, "images that the embedding is fitted to; a head's classes are named after them")
         sub.set_defaults(command=command)
 
 

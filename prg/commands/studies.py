@@ -59,7 +59,7 @@ def answer(name: str, target: "Target", judge: Path | None, split: str, limit: i
             report = samples(subject, Subject(judge) if judge else subject, material, limit)
     # An export of a run is gone by now, so its checkpoint is named.
     training = subject.prg.versions[subject.version].training
-    weights = {"fingerprint": subject.entry.fingerprint(subject.version)}
+    weights = {"fingerprint": subject.entry.fingerprints(subject.version).model}
     if target.exported:
         weights = {"checkpoint": training["checkpoint"][:12]}
     known = {"model": subject.name, **weights, "data": material.name}

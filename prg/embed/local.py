@@ -22,7 +22,7 @@ class Local:
         self,
         directory: Path,
         t_end: float | None = None,
-        feature: Literal["state", "hidden"] | None = None,
+        feature: Literal["embedding", "hidden", "state"] | None = None,
         normalize: bool = False,
     ) -> None:
         self._runner = Runner(directory)
@@ -32,7 +32,7 @@ class Local:
         self._normalize = normalize
         self._pool = ThreadPoolExecutor()
         self.identity = {
-            "fingerprint": entry.fingerprint(self._runner.version),
+            "fingerprint": entry.fingerprints(self._runner.version).encoder,
             "t_end": self._t_end,
             "feature": self._feature,
             "normalize": normalize,

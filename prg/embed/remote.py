@@ -18,7 +18,7 @@ class Remote:
         facts: dict[str, Any] = next((m for m in models["data"] if m["name"] == name), {})
         self.identity = {
             "model": name,
-            "version": facts.get("default_version"),
+            "encoder": facts.get("fingerprints", {}).get(facts.get("default_version"), {}).get("encoder"),
             "t_end": facts.get("t_end"),
             "feature": facts.get("feature"),
             **options,

@@ -57,6 +57,21 @@ def sample(images: Images, limit: int | None, seed: int = 0) -> Images:
     return images.subset(np.sort(index))
 
 
+def sample_evenly(images: Images, limit: int) -> Images:
+    """At most `limit` of the images, of each class as many as of any other while they last; the same each time."""
+    if limit >= len(images):
+        return images
+    if images.labels is None:
+        return sample(images, limit)
+    order = np.random.default_rng([0, 0xF1]).permutation(len(images))
+    labels = images.labels[order]
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    place = np.empty(len(images), np.int64)  # of each image among those of its class
+    place[by_class] = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return images.subset(np.sort(order[np.argsort(place, kind="stable")[:limit]]))
+
+
 def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images:
     """The images with their labels numbered as in training.
 

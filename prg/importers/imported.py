@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entry.files import sha256
 from prg.checkpoint import Checkpoint, Facts, Stage, load_strictly, save_checkpoint
 from prg.checkpoint import Imported as Origin
+from prg.encoder import Encoder
 from prg.errors import CheckpointError
+from prg.images.sets import same_classes
 from prg.recipe import Recipe
-from prg.training.finetune import build_classifier
+from prg.trained import build_classifier, fitted_tensors
+from prg.training.fitted import Fitted, fit
 from prg.training.run import Run
 from prg.unet import UNet
 
@@ -66,7 +69,9 @@ def read_tensors(path: Path) -> Any:
 def write_run(folder: Path, imported: Imported) -> Run:
     """Write the run. Its pretraining is the network; with a head, its fine-tuning is both.
 
-    Raises CheckpointError where the weights do not fit the recipe's network, or the folder holds a run.
+    Where the recipe names images, the embedding is fitted to them; without, there is none. Raises CheckpointError
+    where the weights do not fit the recipe's network, or the folder holds a run; FittingError, DataError for images
+    that no embedding can be fitted to.
     """
     recipe = imported.recipe
     run = Run(folder, recipe)
@@ -80,18 +85,20 @@ def write_run(folder: Path, imported: Imported) -> Run:
             )
     net = UNet(recipe.unet)
     load_strictly(net, imported.net, imported.source)
-    checkpoints = {
-        run.pretrained: Checkpoint(
-            {f"average.{k}": v for k, v in imported.net.items()}, _facts(imported, "pretrain", ())
-        )
-    }
+    encoder = Encoder(net.eval(), recipe.encoder)
+    images = run.training_images() if recipe.data.source else None
+    fitted = Fitted()
+    if images is not None:
+        fitted = fit(encoder, recipe.image.spec, recipe.serve.t_end, images)
+    checkpoints = {run.pretrained: _checkpoint(imported, "pretrain", net, fitted)}
     if imported.head is not None:
-        model = build_classifier(net, recipe, len(imported.classes))
+        model = build_classifier(net, recipe, len(imported.classes)).eval()
         load_strictly(model.head, imported.head, imported.source)
-        checkpoints[run.finetuned] = Checkpoint(
-            {f"average.{k}": v for k, v in model.state_dict().items()},
-            _facts(imported, "finetune", imported.classes),
-        )
+        if images is not None:
+            images = same_classes(images, imported.classes, recipe.data.source)
+            level = recipe.finetune.t_end[0]
+            fitted = fit(encoder, recipe.image.spec, recipe.serve.t_end, images, model.head, level)
+        checkpoints[run.finetuned] = _checkpoint(imported, "finetune", model, fitted, imported.classes)
     try:
         for path, checkpoint in checkpoints.items():
             save_checkpoint(path, checkpoint)
@@ -103,14 +110,19 @@ def write_run(folder: Path, imported: Imported) -> Run:
     return run
 
 
-def _facts(imported: Imported, stage: Stage, classes: tuple[str, ...]) -> Facts:
-    """Of a checkpoint that was not trained here: nothing is known of its images."""
+def _checkpoint(
+    imported: Imported, stage: Stage, model: nn.Module, fitted: Fitted, classes: tuple[str, ...] = ()
+) -> Checkpoint:
+    """Of a model that was not trained here: nothing is known of its images."""
     source = imported.source
-    return Facts(
+    facts = Facts(
         stage=stage,
         recipe=imported.recipe.without_source(),
         imported=Origin(
             origin=imported.origin, file=source.name, sha256=sha256(source), version=imported.version
         ),
         classes=classes,
+        fitted_on=fitted.on,
     )
+    tensors = {f"average.{k}": v for k, v in model.state_dict().items()}
+    return Checkpoint(tensors | fitted_tensors(fitted.projection, fitted.familiarity), facts)

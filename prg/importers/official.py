@@ -69,7 +69,7 @@ def turn_time(net: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _classes(head: dict[str, Tensor], recipe: Recipe, path: Path) -> tuple[str, ...]:
     """The names of the head's classes: the recipe's, or else those of its images."""
-    if (recipe.finetune.head_input, recipe.finetune.head) != ("state", "mlp"):
+    if (recipe.finetune.head_input, recipe.finetune.head) != (("state",), "mlp"):
         raise CheckpointError(
             f"{path}: has the official head, an mlp of the state; "
             "say --set finetune.head_input=state --set finetune.head=mlp"

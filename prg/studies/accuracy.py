@@ -8,7 +8,7 @@ from prg.studies.report import Cell, Draw, Report, draw_axes
 
 def accuracy(evaluation: Evaluation, model: str) -> Report:
     """One evaluation as JSON, table and figure; `model` names what was evaluated."""
-    figures, calibrated = evaluation.accuracy, evaluation.calibration
+    figures, calibrated = evaluation.accuracy, evaluation.reliability
     labels = evaluation.entry.prg.labels or ()
     rows: list[tuple[Cell, ...]] = [
         ("top-1", figures.top1),
@@ -37,7 +37,7 @@ def accuracy(evaluation: Evaluation, model: str) -> Report:
         },
         conditions={
             "model": model,
-            "fingerprint": evaluation.entry.fingerprint(evaluation.version),
+            "fingerprint": evaluation.entry.fingerprints(evaluation.version).model,
             "data": figures.data,
             "images": figures.images,
         },
@@ -62,7 +62,7 @@ def _drawing(evaluation: Evaluation) -> Draw:
                     )
         axes[0].set_xlabel("answered")
         axes[0].set_ylabel("true")
-        found = evaluation.calibration
+        found = evaluation.reliability
         full = [i for i, n in enumerate(found.counts) if n]
         axes[1].plot([0, 1], [0, 1], ":", color="grey")
         axes[1].plot([found.confidence[i] for i in full], [found.accuracy[i] for i in full], "o-")

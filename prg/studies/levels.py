@@ -1,4 +1,4 @@
-"""Levels: how much a linear probe and nearest neighbours read from STATE and HIDDEN, over t_end and steps."""
+"""Levels: how much a linear probe and nearest neighbours read from each feature, over t_end and steps."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
         for level, solve in cells:
             fitted = subject.features(training.pixels, level, solve, bar)
             evaluated = subject.features(held.pixels, level, solve, bar)
-            for name in ("state", "hidden"):
+            for name in features_of(subject):
                 a = fitted[name.upper()]
                 b = evaluated[name.upper()]
                 probe = top1(linear_probe(a, training.labels, b, classes), held.labels)
@@ -52,8 +52,9 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
         title="Levels: what the features tell about the class",
         about="Accuracy of a linear probe (logistic regression by LBFGS, its penalty chosen on a part of its own "
         f"training features) and of {NEIGHBOURS} nearest neighbours by cosine of the centred features, for the "
-        "state at t_end and the activations there. Probes are fitted on images of the training split and evaluated "
-        "on images held out of it; the test split is not read. t_end = 1 is the image itself, without a solve.",
+        "state at t_end, the activations there, and their projection. Probes are fitted on images of the training "
+        "split and evaluated on images held out of it; the test split is not read. t_end = 1 is the image itself, "
+        "without a solve.",
         columns=COLUMNS,
         rows=rows,
         figures={"": draw_axes(lambda axes: _paint(axes, rows), panels=2)},
@@ -61,11 +62,19 @@ def levels(subject: Subject, material: Material, limit: int | None) -> Report:
     )
 
 
+def features_of(subject: Subject) -> tuple[str, ...]:
+    """What /embed can answer with of it, the weakest first."""
+    features = subject.prg.features
+    return ("state", "hidden", "embedding") if features.embedding else ("state", "hidden")
+
+
 def _paint(axes: Any, rows: list[tuple[Cell, ...]]) -> None:
     for axis, place in zip(axes, (3, 4), strict=True):
-        for feature, line in (("hidden", "-"), ("state", "--")):
+        for feature, line in (("hidden", "-"), ("embedding", "-."), ("state", "--")):
             for i, steps in enumerate(STEPS):
                 points = [(r[0], r[place]) for r in rows if r[2] == feature and r[1] in (0, steps)]
+                if not points:
+                    continue
                 axis.plot(
                     *zip(*points, strict=True),
                     line,

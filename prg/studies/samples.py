@@ -17,29 +17,43 @@ COLUMNS = ("what", "solver", "steps", "Fréchet distance")
 
 
 def samples(subject: Subject, judge: Subject, material: Material, limit: int | None) -> Report:
-    """As many samples as `limit`, compared with as many images of the training split by the judge's HIDDEN."""
+    """As many samples as `limit`, compared with as many images of the training split by the judge's features."""
     data = material.training()[0]
     count = min(limit or len(data) // 2, len(data) // 2)
-    if count < 2 * judge.prg.features.hidden.dim:
+    compared = "EMBEDDING" if judge.prg.features.embedding else "HIDDEN"
+    dim = judge.entry.outputs()[compared]
+    if count < 2 * dim:
         raise DataError(
-            f"{material.source}: {count} images on each side are too few for the covariance of "
-            f"{judge.prg.features.hidden.dim} features; at least {2 * judge.prg.features.hidden.dim} are needed"
+            f"{material.source}: {count} images on each side are too few for the covariance of {dim} features; "
+            f"at least {2 * dim} are needed"
         )
     both = sample(data, 2 * count)
     order = np.random.default_rng(0).permutation(2 * count)
     one, other = both.subset(np.sort(order[:count])), both.subset(np.sort(order[count:]))
-    reference = _hidden(judge, one.pixels)
+    reference = _features(judge, one.pixels, compared)
     rows: list[tuple[Cell, ...]] = [
-        ("data against data", None, None, frechet_distance(_hidden(judge, other.pixels), reference))
+        (
+            "data against data",
+            None,
+            None,
+            frechet_distance(_features(judge, other.pixels, compared), reference),
+        )
     ]
     sheets = {}
     for solve in SOLVES:
         made = generate(subject, count, solve)
-        rows.append(("samples", solve.solver, solve.steps, frechet_distance(_hidden(judge, made), reference)))
+        rows.append(
+            (
+                "samples",
+                solve.solver,
+                solve.steps,
+                frechet_distance(_features(judge, made, compared), reference),
+            )
+        )
         sheets[f"{solve.solver}-{solve.steps}"] = made[:SHOWN]
-    fingerprint = judge.entry.fingerprint(judge.version)
+    fingerprint = judge.entry.fingerprints(judge.version).encoder
     feature = (
-        f"HIDDEN of {judge.name} (version {judge.version}, {fingerprint}) at t_end = {judge.prg.t_end:g}"
+        f"{compared} of {judge.name} (version {judge.version}, {fingerprint}) at t_end = {judge.prg.t_end:g}"
     )
     return Report(
         title="Samples: generated images",
@@ -72,12 +86,12 @@ def generate(subject: Subject, count: int, solve: Solve, seed: int = 0) -> np.nd
     return np.concatenate(parts)
 
 
-def _hidden(judge: Subject, pixels: np.ndarray) -> np.ndarray:
+def _features(judge: Subject, pixels: np.ndarray, compared: str) -> np.ndarray:
     level, solve = judge.prg.t_end, judge.own
     with track(
         f"features by {judge.name}", len(pixels) * judge.evaluations(level, solve), "evaluations"
     ) as bar:
-        return judge.features(pixels, level, solve, bar)["HIDDEN"]
+        return judge.features(pixels, level, solve, bar)[compared]
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from prg.console import track
-from prg.evaluation import calibration
+from prg.evaluation import reliability
 from prg.images.material import Material
 from prg.images.sets import same_classes, sample
 from prg.solver import TABLEAUS
@@ -28,7 +28,7 @@ def steps(subject: Subject, material: Material, limit: int | None) -> Report:
     with track(f"{subject.name}: steps", total, "evaluations") as bar:
         for solve in solves:
             logits = subject.features(held.pixels, level, solve, bar)["LOGITS"]
-            nll = calibration(logits, held.labels).nll
+            nll = reliability(logits, held.labels).nll
             rows.append((solve.solver, solve.steps, solve.nfe + 1, top1(logits, held.labels), nll))
     own = subject.own
     return Report(

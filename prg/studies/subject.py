@@ -12,6 +12,7 @@ from entry.config import EntryError
 from entry.runner import Runner
 from prg.console import Bar
 from prg.encoder import pooled_state
+from prg.extractor import outputs
 from prg.images.augmentation import normalise
 from prg.machine import choose_device
 from prg.paths import PATHS
@@ -50,8 +51,8 @@ class Subject:
         self.version, self.name = runner.version, name or entry.name
         self.entry, self.prg = entry, entry.prg
         try:
-            self._classifier: Any | None = module.classifier if entry.prg.labels else None
-            self._encoder: Any = (self._classifier or module).encoder
+            self._module: Any = module
+            self._encoder: Any = module.encoder
             self._field: Any = self._encoder.solver.velocity
         except AttributeError as error:
             raise EntryError(f"{directory}: not a module that `prg export` writes ({error})") from None
@@ -99,20 +100,14 @@ class Subject:
 
         `bar` counts network evaluations.
         """
-        parts: list[tuple[np.ndarray, ...]] = []
+        parts: list[dict[str, np.ndarray]] = []
         each = self.evaluations(t_end, solve)
         with torch.inference_mode():
             for start in range(0, len(pixels), BATCH):
                 x = self.latents(pixels[start : start + BATCH])
                 z = self.flow(x, 1.0, t_end, solve)
                 t = torch.full((len(x),), min(t_end, self.t_start), device=self.device)
-                state = pooled_state(z)
-                hidden = self._field.activations(z, t, self._encoder.blocks)
-                outputs = [state, hidden]
-                if self._classifier is not None:
-                    inputs = {"state": [state], "hidden": [hidden], "both": [state, hidden]}
-                    outputs.append(self._classifier.head(torch.cat(inputs[self._classifier.input], 1)))
-                parts.append(tuple(o.float().cpu().numpy() for o in outputs))
+                found = outputs(self._module, pooled_state(z), self._encoder.hidden(z, t))
+                parts.append({name: values.float().cpu().numpy() for name, values in found.items()})
                 bar.advance(len(x) * each, f"t_end {t_end:g}, {solve}")
-        columns = zip(self.entry.outputs(), zip(*parts, strict=True), strict=True)
-        return {name: np.concatenate(column) for name, column in columns}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -12,7 +12,8 @@ from prg.encoder import Encoder, EncoderConfig
 from prg.machine import best_time, choose_device, device_name
 from prg.paths import PATHS
 from prg.recipe import Optimisation, Recipe
-from prg.training.finetune import build_classifier, finetuning_batch, finetuning_loss
+from prg.trained import build_classifier
+from prg.training.finetune import finetuning_batch, finetuning_loss
 from prg.training.frozen import views
 from prg.training.loop import Loss, Prepare, step_generator, steps_of
 from prg.training.pretrain import flow_loss, pretraining_batch

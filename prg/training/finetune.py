@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prg.checkpoint import Facts, load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.console import is_main_process
-from prg.encoder import Encoder
 from prg.errors import CheckpointError
 from prg.images.augmentation import augment, mix, normalise
 from prg.images.held_out import hold_out
@@ -19,7 +17,9 @@ from prg.images.sets import Images
 from prg.machine import choose_device, training_precision
 from prg.paths import PATHS, flow_matching_loss
 from prg.recipe import Recipe
+from prg.trained import build_classifier
 from prg.training import figures, processes
+from prg.training.fitted import fit_if_enough
 from prg.training.frozen import fit_head
 from prg.training.loop import Batch, Job, Loss, Prepare, is_complete, not_begun, steps_of, train
 from prg.training.pretrain import compile_network, draw
@@ -48,7 +48,8 @@ def finetune(run: Run, init: Path | None = None) -> None:
     if config.freeze:
         trained = not_begun(images, 1, "fp32", device)
         facts = run.first_facts("finetune", trained, images, start)
-        processes.on_main_process(lambda: fit_head(run, model, images, facts, device))
+        projection = start.projection_for(model.encoder, recipe.serve.t_end) if start else None
+        processes.on_main_process(lambda: fit_head(run, model, images, facts, device, projection))
         return
     before = start.held_out if start and run.evaluated == run.sources[0] else None
     images, held_out = hold_out(images, recipe.data.validation, before=before)
@@ -69,6 +70,7 @@ def finetune(run: Run, init: Path | None = None) -> None:
         checkpoint=run.finetuned,
         device=device,
         begun=run.remember,
+        fit=lambda m: fit_if_enough(m.encoder, recipe, images, m.head, held_out),  # type: ignore[arg-type]
     )
     drawn = is_complete(job.checkpoint) and (job.folder / "curves.png").exists()
     train(job)
@@ -98,25 +100,6 @@ def announce(images: Images, held_out: Images) -> None:
             f"{len(images.classes)} classes: {', '.join(names)}",
             file=sys.stderr,
         )
-
-
-def build_classifier(net: UNet, recipe: Recipe, classes: int) -> Classifier:
-    """The recipe's classifier around the network, its head with fresh weights."""
-    head = recipe.head(classes)
-    return Classifier(Encoder(net, recipe.encoder, save_memory=recipe.finetune.save_memory), head)
-
-
-def load_trained(checkpoint: Path) -> tuple[Encoder | Classifier, Facts]:
-    """A pretrained encoder or a fine-tuned classifier (averaged weights), and its facts. Raises CheckpointError."""
-    saved = load_checkpoint(checkpoint)
-    recipe, classes = saved.facts.recipe, saved.facts.classes
-    net = UNet(recipe.unet)
-    if saved.facts.stage == "pretrain":
-        load_strictly(net, saved.part("average"), checkpoint)
-        return Encoder(net, recipe.encoder), saved.facts
-    model = build_classifier(net, recipe, len(classes))
-    load_strictly(model, saved.part("average"), checkpoint)
-    return model, saved.facts
 
 
 def finetuning_batch(recipe: Recipe, classes: int) -> Prepare:

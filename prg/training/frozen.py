@@ -8,6 +8,9 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,29 +20,39 @@ from torch import Tensor, nn
 from entry.files import atomic_file, write_atomically
 from prg.checkpoint import Checkpoint, CrossValidated, Facts, read_facts, save_checkpoint
 from prg.classifier import Classifier, Head
-from prg.console import track
+from prg.encoder import STATE_DIM
 from prg.errors import DataError
-from prg.images.augmentation import normalise
+from prg.fitting import calibrate, fit_familiarity
 from prg.images.sets import Images
 from prg.logistic import fit_logistic, stratified_folds
 from prg.recipe import Finetune
+from prg.trained import fitted_tensors
+from prg.training.fitted import Fitted, features, fit_if_enough, labels_of
 from prg.training.loop import check_continues
 from prg.training.run import Run
 
-FEATURE_BATCH = 128
 FOLDS = 5
 
 View = tuple[float, bool]
 """(level, whether mirrored)."""
 
 
-def fit_head(run: Run, model: Classifier, images: Images, facts: Facts, device: torch.device) -> None:
+def fit_head(
+    run: Run,
+    model: Classifier,
+    images: Images,
+    facts: Facts,
+    device: torch.device,
+    inherited: Fitted | None = None,
+) -> None:
     """Fit the head to all images, the encoder as it is; writes the checkpoint that a training would have written.
 
+    inherited: the projection that was fitted to this very encoder; without one it is fitted to these images.
     Does nothing where the checkpoint is there. Raises CheckpointError where it is one of other settings, DataError
     for a class of one image.
     """
-    config, image, path = run.recipe.finetune, run.recipe.image, run.finetuned
+    recipe, path = run.recipe, run.finetuned
+    config = recipe.finetune
     if done := path.exists():
         check_continues(read_facts(path), facts, path)
     _check_counts(images)
@@ -48,34 +61,73 @@ def fit_head(run: Run, model: Classifier, images: Images, facts: Facts, device: 
         return
     assert images.labels is not None
     # By key, so that the head is the same whatever the order of the files.
-    order = np.argsort(images.keys, kind="stable")
+    images = images.subset(np.argsort(images.keys, kind="stable"))
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     model = model.to(device).eval().requires_grad_(False)
-    seen = views(config)
-    cache = path.parent / f"features-{_digest(facts, images, seen)}.npy"
-    if not cache.exists():
-        computed = compute(model, image.mean, image.std, images.pixels[order], seen, device)
-        with atomic_file(cache) as file:
-            np.save(file, computed)
-    features = torch.from_numpy(np.load(cache)).to(device)  # [V, N, D]
-    standardise(model.head, features.flatten(0, 1))
-    labels = torch.from_numpy(images.labels[order]).to(device)
-    x = model.head.classifier[0](features)
-    found = cross_validate(x, labels, len(images.classes), config, run.recipe.seed)
-    lines = (json.dumps({"step": step, **one.model_dump()}) + "\n" for step, one in enumerate(found, 1))
-    write_atomically(path.parent / "metrics.jsonl", "".join(lines).encode())
-    chosen = min(found, key=lambda one: one.loss)
-    print(f"chosen: penalty {chosen.penalty:g}, of the least cross-entropy", file=sys.stderr)
+    both = _features(run, model, images, facts, device)
+    state, hidden = both.split([STATE_DIM, model.encoder.hidden_dim], dim=2)
+    read = model.head.read(state.flatten(0, 1), hidden.flatten(0, 1))
+    standardise(model.head, read)
+    x = model.head.classifier[0](read).unflatten(0, both.shape[:2])  # [V, N, D]
+    labels, classes = labels_of(images, x), len(images.classes)
+    chosen, logits = _choose(cross_validate(x, labels, classes, config, recipe.seed), path.parent)
     weight, bias = fit_logistic(
-        x.flatten(0, 1), labels.repeat(len(x)), len(images.classes), chosen.penalty, config.label_smoothing
+        x.flatten(0, 1), labels.repeat(len(x)), classes, chosen.penalty, config.label_smoothing
     )
-    linear = model.head.classifier[1]
-    linear.load_state_dict({"weight": weight, "bias": bias})
+    model.head.classifier[1].load_state_dict({"weight": weight, "bias": bias})
+    fitted = inherited or fit_if_enough(model.encoder, recipe, images)
+    if fitted.projection:
+        fitted = cross_calibrated(fitted, hidden[0], labels, logits, recipe.seed)
     assert facts.trained is not None
     trained = facts.trained.model_copy(update={"step": 1, "seconds": round(time.monotonic() - started, 1)})
-    facts = facts.model_copy(update={"trained": trained, "cross_validated": chosen})
-    save_checkpoint(path, Checkpoint({f"average.{k}": v for k, v in model.state_dict().items()}, facts))
+    found = {"trained": trained, "cross_validated": chosen}
+    facts = facts.model_copy(update=found | {"fitted_on": fitted.on, "calibration": fitted.calibration})
+    tensors = {f"average.{k}": v for k, v in model.state_dict().items()}
+    tensors |= fitted_tensors(fitted.projection, fitted.familiarity)
+    save_checkpoint(path, Checkpoint(tensors, facts))
+
+
+def _features(run: Run, model: Classifier, images: Images, facts: Facts, device: torch.device) -> Tensor:
+    """STATE and HIDDEN of each view of the images, [V, N, 768 + D_h]; kept in the run's folder for the next time."""
+    seen = views(run.recipe.finetune)
+    cache = run.finetuned.parent / f"features-{_digest(facts, images, seen)}.npy"
+    if not cache.exists():
+        computed = []
+        for level, mirrored in seen:
+            title = f"features at {level:g}{', mirrored' if mirrored else ''}"
+            view = features(model.encoder, run.recipe.image.spec, images.pixels, level, title, mirrored)
+            computed.append(torch.cat(view, 1).cpu().numpy())
+        with atomic_file(cache) as file:
+            np.save(file, np.stack(computed))
+    return torch.from_numpy(np.load(cache)).to(device)
+
+
+def _choose(found: list[tuple[CrossValidated, Tensor]], folder: Path) -> tuple[CrossValidated, Tensor]:
+    """The one of least cross-entropy; all of them go to metrics.jsonl."""
+    lines = (json.dumps({"step": step, **one.model_dump()}) + "\n" for step, (one, _) in enumerate(found, 1))
+    write_atomically(folder / "metrics.jsonl", "".join(lines).encode())
+    chosen, logits = min(found, key=lambda pair: pair[0].loss)
+    print(f"chosen: penalty {chosen.penalty:g}, of the least cross-entropy", file=sys.stderr)
+    return chosen, logits
+
+
+def cross_calibrated(fitted: Fitted, hidden: Tensor, labels: Tensor, logits: Tensor, seed: int) -> Fitted:
+    """With class means in EMBEDDING of HIDDEN [N, D_h], and a calibration by cross-validation.
+
+    logits: [N, K] of each image by the fold that left it out, as its KNOWN is by class means without it.
+    """
+    assert fitted.projection is not None
+    classes = logits.shape[1]
+    embedding = fitted.projection.to(hidden.device)(hidden)
+    known = embedding.new_empty(len(embedding))
+    for out in folds_of(labels, seed):
+        known[out] = fit_familiarity(embedding[~out], labels[~out], classes)(embedding[out])[:, 0]
+    return replace(
+        fitted,
+        familiarity=fit_familiarity(embedding, labels, classes),
+        calibration=calibrate(logits.cpu().numpy(), labels.cpu().numpy(), known.cpu().numpy()),
+    )
 
 
 def views(config: Finetune) -> list[View]:
@@ -86,54 +138,39 @@ def views(config: Finetune) -> list[View]:
 
 def cross_validate(
     x: Tensor, labels: Tensor, classes: int, config: Finetune, seed: int
-) -> list[CrossValidated]:
-    """Each of the penalties on features x [V, N, D] and labels [N].
+) -> list[tuple[CrossValidated, Tensor]]:
+    """Each of the penalties on features x [V, N, D] and labels [N], with the logits [N, K] of the images left out.
 
     An image's views are all in one fold; the plain view alone is evaluated.
     """
     found = []
     for penalty in config.penalties:
         losses, top1 = [], []
-        for held in stratified_folds(labels.cpu().numpy(), FOLDS, seed):
-            rest, out = torch.from_numpy(~held).to(x.device), torch.from_numpy(held).to(x.device)
+        logits = x.new_empty(len(labels), classes)
+        for out in folds_of(labels, seed):
             weight, bias = fit_logistic(
-                x[:, rest].flatten(0, 1),
-                labels[rest].repeat(len(x)),
+                x[:, ~out].flatten(0, 1),
+                labels[~out].repeat(len(x)),
                 classes,
                 penalty,
                 config.label_smoothing,
             )
-            logits = F.linear(x[0, out], weight, bias)
-            losses.append(float(F.cross_entropy(logits, labels[out])))
-            top1.append(float((logits.argmax(1) == labels[out]).float().mean()))
+            logits[out] = F.linear(x[0, out], weight, bias)
+            losses.append(float(F.cross_entropy(logits[out], labels[out])))
+            top1.append(float((logits[out].argmax(1) == labels[out]).float().mean()))
         mean, spread = float(np.mean(top1)), float(np.std(top1, ddof=1))
         loss = float(np.mean(losses))
-        found.append(CrossValidated(penalty=penalty, folds=FOLDS, loss=loss, top1=mean, spread=spread))
+        one = CrossValidated(penalty=penalty, folds=FOLDS, loss=loss, top1=mean, spread=spread)
+        found.append((one, logits))
         text = f"penalty {penalty:g}: cross-entropy {loss:.4f}, top-1 {mean:.4f} ± {spread:.4f} over {FOLDS} folds"
         print(text, file=sys.stderr)
     return found
 
 
-@torch.no_grad()
-def compute(
-    model: Classifier,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    pixels: np.ndarray,
-    seen: list[View],
-    device: torch.device,
-) -> np.ndarray:
-    """What the head reads of pixels uint8 [N, 3, S, S], float32 [V, N, D]: one row of images for each view."""
-    parts: list[list[np.ndarray]] = [[] for _ in seen]
-    with track("features", len(pixels) * len(seen)) as bar:
-        for start in range(0, len(pixels), FEATURE_BATCH):
-            block = np.ascontiguousarray(pixels[start : start + FEATURE_BATCH])
-            x = normalise(torch.from_numpy(block).to(device), mean, std)
-            for part, (level, mirror) in zip(parts, seen, strict=True):
-                state, hidden = model.encoder(x.flip(3) if mirror else x, x.new_full((len(x),), level))
-                part.append(model.head_input(state, hidden).float().cpu().numpy())
-                bar.advance(len(x))
-    return np.stack([np.concatenate(part) for part in parts])
+def folds_of(labels: Tensor, seed: int) -> Iterator[Tensor]:
+    """Which rows each fold leaves out, bool [N]."""
+    for out in stratified_folds(labels.cpu().numpy(), FOLDS, seed):
+        yield torch.from_numpy(out).to(labels.device)
 
 
 def standardise(head: Head, features: Tensor) -> None:
@@ -162,5 +199,5 @@ def _digest(facts: Facts, images: Images, seen: list[View]) -> str:
     """Of everything that the features depend on."""
     identity = facts.identity()
     parts = [identity[k] for k in ("network", "image", "encoder", "init")]
-    content = json.dumps([*parts, facts.recipe.finetune.head_input, seen, images.unlabelled().digest])
+    content = json.dumps([*parts, seen, images.unlabelled().digest])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -28,7 +28,9 @@ from prg.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from prg.images.sets import Images
 from prg.machine import Precision, device_name, training_precision
 from prg.recipe import Optimisation
+from prg.trained import fitted_tensors
 from prg.training import metrics, processes
+from prg.training.fitted import Fitted
 from prg.training.optimisers import MOMENTS, learning_rate, optimisers
 
 SAVE_EVERY_S = 120.0
@@ -63,6 +65,8 @@ class Job:
     device: torch.device
     begun: Callable[[], None]
     """Called once every check has passed: before the first step, or the next."""
+    fit: Callable[[nn.Module], Fitted] = lambda model: Fitted()
+    """What is fitted to the (averaged) model at the end."""
 
     @property
     def folder(self) -> Path:
@@ -151,6 +155,7 @@ class Trainer:
         self.step = 0
         self.precision = training_precision(job.config.precision, job.device)
         self.seconds = 0.0
+        self.fitted = Fitted()
         self.stop = threading.Event()
         """Set by a signal to this process."""
         self.stopping = False
@@ -201,7 +206,10 @@ class Trainer:
         now = {"step": self.step, "seconds": round(self.seconds, 1)}
         assert self.job.facts.trained is not None
         trained = self.job.facts.trained.model_copy(update=now)  # on this machine, whatever it began on
-        facts = self.facts.model_copy(update={"trained": trained})
+        fitted = self.fitted
+        tensors |= fitted_tensors(fitted.projection, fitted.familiarity)
+        found = {"fitted_on": fitted.on, "calibration": fitted.calibration}
+        facts = self.facts.model_copy(update={"trained": trained, **found})
         save_checkpoint(self.job.checkpoint, Checkpoint(tensors, facts))
 
     def log(self, **figures: float) -> None:
@@ -322,6 +330,9 @@ def _run(job: Job, trainer: Trainer) -> None:
             if (trainer.step % job.steps_per_epoch == 0 or last) and is_main_process():
                 with trainer.averaged() as model:
                     trainer.log(**job.validate(model))
+            if last and is_main_process():
+                with trainer.averaged() as model:
+                    trainer.fitted = job.fit(model)
             if last or trainer.stopping or time.monotonic() - saved > SAVE_EVERY_S:
                 trainer.save()
                 saved = time.monotonic()

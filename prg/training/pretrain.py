@@ -15,6 +15,7 @@ from prg.machine import choose_device, training_precision
 from prg.paths import PATHS, Path, flow_matching_loss
 from prg.recipe import Image, Recipe
 from prg.training import figures
+from prg.training.fitted import fit_if_enough
 from prg.training.loop import (
     Batch,
     Job,
@@ -60,6 +61,7 @@ def pretrain(run: Run) -> None:
         checkpoint=run.pretrained,
         device=device,
         begun=run.remember,
+        fit=lambda net: fit_if_enough(Encoder(net, recipe.encoder), recipe, images),  # type: ignore[arg-type]
     )
     drawn = is_complete(job.checkpoint) and (job.folder / "trajectory.png").exists()
     trainer = train(job)

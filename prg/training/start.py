@@ -7,14 +7,18 @@ import torch
 
 from entry.config import check_weights, read_entry
 from entry.files import sha256
-from prg.checkpoint import differences, load_checkpoint, load_strictly
+from prg.checkpoint import FittedOn, differences, load_checkpoint, load_strictly
 from prg.console import note
+from prg.encoder import Encoder
 from prg.errors import CheckpointError
 from prg.recipe import Image
+from prg.reopen import NET, part
+from prg.trained import fitted_of
+from prg.training.fitted import Fitted
 from prg.unet import PRESETS, UNet, UNetConfig, shapes_of
 
-NET = "encoder.solver.velocity.net"
-"""The network's name in a classifier; an entry's module puts `classifier.` before it where it has a head."""
+Solve = tuple[str, str, int, tuple[str, ...], tuple[str, ...], float]
+"""Path, solver, steps, layers, pooling, and the level."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,20 @@ class Start:
     held_out: float | None
     trained_on: tuple[tuple[str, ...], ...]
     history: tuple[str, ...]
+    solve: Solve
+    """That its projection, if it has one, was fitted to."""
+    fitted: Fitted
+
+    def projection_for(self, encoder: Encoder, t_end: float) -> Fitted | None:
+        """Its projection, where this unchanged network is reversed in the very same way."""
+        fits = self.fitted.projection is not None and self.solve == solve_of(encoder, t_end)
+        return self.fitted if fits else None
+
+
+def solve_of(encoder: Encoder, t_end: float) -> Solve:
+    """What decides HIDDEN beside the weights."""
+    config = encoder.config
+    return config.path, config.solver, config.steps, encoder.layers, config.pooling, t_end
 
 
 def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -> tuple[UNet, Start]:
@@ -53,9 +71,8 @@ def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -
             f"{init}: its network takes something else than the recipe's ({'; '.join(changed)}); "
             "change the recipe, such as by --set"
         )
-    prefix = f"classifier.{NET}." if entry.has_head else f"{NET}."
     state = torch.jit.load(str(module), map_location="cpu").state_dict()
-    weights = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
+    weights = part(state, NET)
     shapes = {k: v.shape for k, v in weights.items()}
     shape = PRESETS[network] if isinstance(network, str) else network
     if shapes_of(shape) != shapes:
@@ -67,10 +84,17 @@ def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -
     net.load_state_dict(weights)
     facts = entry.prg.versions[version]
     line = f"entry: {entry.name} version {version} ({facts.sha256[:12]})"
-    history = (*facts.training.get("history", ()), line)
     training = facts.training
-    trained_on = tuple(map(tuple, training.get("trained_on", ())))
-    return net, Start(facts.sha256, training.get("held_out"), trained_on, history)
+    on = training.get("fitted_on")
+    prg, hidden = entry.prg, entry.prg.features.hidden
+    return net, Start(
+        sha256=facts.sha256,
+        held_out=facts.held_out,
+        trained_on=tuple(map(tuple, training.get("trained_on", ()))),
+        history=(*training.get("history", ()), line),
+        solve=(prg.path, prg.solver, prg.steps, hidden.layers, hidden.pooling, prg.t_end),
+        fitted=Fitted(fitted_of(state)[0], FittedOn.model_validate(on) if on else None),
+    )
 
 
 def _from_checkpoint(init: Path, network: str | UNetConfig, image: Image, path: str) -> tuple[UNet, Start]:
@@ -88,8 +112,15 @@ def _from_checkpoint(init: Path, network: str | UNetConfig, image: Image, path: 
         note(f"{init} is unfinished, step {facts.trained.step} of {facts.trained.steps}")
     net = UNet(facts.recipe.unet)
     load_strictly(net, saved.part("average" if facts.stage == "pretrain" else f"average.{NET}"), init)
-    history = (*facts.history, facts.summary())
-    return net, Start(sha256(init), facts.held_out, facts.trained_on, history)
+    recipe = facts.recipe
+    return net, Start(
+        sha256=sha256(init),
+        held_out=facts.held_out,
+        trained_on=facts.trained_on,
+        history=(*facts.history, facts.summary()),
+        solve=solve_of(Encoder(net, recipe.encoder), recipe.serve.t_end),
+        fitted=Fitted(fitted_of(saved.tensors)[0], facts.fitted_on),
+    )
 
 
 def _refuse_what_lies_beside(init: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from entry.config import Entry
+from entry.config import Entry, Fingerprints
 from service.schemas import Priority
 
 
@@ -41,6 +41,8 @@ class ModelStatus:
     """Those served, ascending."""
     reason: str | None = None
     state: State = "ready"
+    failed_versions: Mapping[str, str] = field(default_factory=dict)
+    """Those that can't be served, with the reason, while others are."""
 
     @property
     def ready(self) -> bool:
@@ -53,9 +55,14 @@ class ModelStatus:
         return self.versions[-1]
 
     @property
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, Fingerprints]:
         """Of the versions served."""
-        return {v: self.entry.fingerprint(v) for v in self.versions} if self.entry else {}
+        return {v: self.entry.fingerprints(v) for v in self.versions} if self.entry else {}
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The sha256 of the modules served, by version."""
+        return {v: self.entry.prg.versions[v].sha256 for v in self.versions} if self.entry else {}
 
 
 RELOADING = "the repository is being read again; until that is done it is served as it was"
@@ -76,8 +83,8 @@ def while_loading(models: Mapping[str, ModelStatus], loading: Collection[str]) -
 
 def for_metrics(
     models: Mapping[str, ModelStatus],
-) -> dict[str, tuple[bool, Mapping[str, str]]]:
-    """Name -> (whether it serves, fingerprint by version)."""
+) -> dict[str, tuple[bool, Mapping[str, Fingerprints]]]:
+    """Name -> (whether it serves, fingerprints by version)."""
     return {name: (status.ready, status.fingerprints) for name, status in models.items()}
 
 
@@ -87,12 +94,12 @@ class Job:
 
     model: str
     version: str
-    fingerprint: str
-    """Of the weights that the request chose: an engine that has others by now refuses."""
+    sha256: str
+    """Of the module that the request chose: an engine that has another by now refuses."""
     images: np.ndarray  # uint8 [N, 3, S, S]
     t_end: np.ndarray  # float32 [N]
     outputs: tuple[str, ...]
-    """Names of the outputs to compute: STATE, HIDDEN, LOGITS."""
+    """Names of the outputs to compute, of those that the entry has."""
     due: float
     """The loop's time after which nobody waits for it."""
     priority: Priority = "interactive"

@@ -68,7 +68,7 @@ class EmbeddedEngine:
         batcher = model.batchers.get(job.version) if model else None
         if batcher is None:
             raise EngineUnavailable(f"{job.model} version {job.version} is not loaded")
-        if batcher.runner.entry.fingerprint(job.version) != job.fingerprint:
+        if batcher.runner.entry.prg.versions[job.version].sha256 != job.sha256:
             raise EngineUnavailable("the model was replaced while the request was under way")
         return await batcher.infer(job)
 
@@ -99,24 +99,28 @@ class EmbeddedEngine:
         try:
             if isinstance(found, EntryError):
                 raise found
-            versions = self._versions(found)
-            for version in versions:
-                batchers[version] = await self._batcher(before, found, version)
-        # Also what torch raises for a strange module: the other models must serve.
-        except Exception as error:
+            failed = dict(found.failed_versions)
+            for version in self._versions(found):
+                try:
+                    batchers[version] = await self._batcher(before, found, version)
+                # Also what torch raises for a strange module: the other versions must serve.
+                except Exception as error:
+                    failed[version] = str(error)
+            if not batchers:
+                raise EntryError("; ".join(failed.values()))
+        except EntryError as error:
             log.error("entry refused", model=name, reason=str(error))
-            for version, batcher in batchers.items():
-                if before is None or before.batchers.get(version) is not batcher:
-                    await batcher.close()
             if before and before.batchers and before.status.entry:
                 kept = f"an older state of it is served, because: {error}"
                 status = ModelStatus(name, before.status.entry, before.status.versions, kept)
                 return _Model(status, before.batchers)
             return _Model(ModelStatus(name, None, reason=str(error), state="failed"))
-        return _Model(ModelStatus(name, found, versions), batchers)
+        for version, reason in failed.items():
+            log.error("version refused", model=name, version=version, reason=reason)
+        return _Model(ModelStatus(name, found, tuple(batchers), failed_versions=failed), batchers)
 
     def _versions(self, entry: Entry) -> tuple[str, ...]:
-        """The versions to serve, ascending."""
+        """The versions to try, ascending."""
         chosen = self._chosen.get(entry.name) if self._chosen else None
         missing = set(chosen or ()) - entry.prg.versions.keys()
         if missing:
@@ -124,7 +128,7 @@ class EmbeddedEngine:
                 f"{self._repository / entry.name}: PRG_MODELS wants version {min(missing)}, "
                 f"there are: {', '.join(entry.prg.versions)}"
             )
-        return tuple(sorted(chosen or entry.prg.versions, key=int))
+        return tuple(v for v in entry.usable_versions if chosen is None or v in chosen)
 
     async def _batcher(self, before: _Model | None, entry: Entry, version: str) -> Batcher:
         """The one that runs already if its weights and facts are the same, or else a new one."""
@@ -151,4 +155,4 @@ def load(directory: Path, version: str, largest_batch: int) -> "Runner":
 
 def _same(old: Entry, new: Entry, version: str) -> bool:
     facts = [e.prg.model_dump(exclude={"versions"}) for e in (old, new)]
-    return facts[0] == facts[1] and old.fingerprint(version) == new.fingerprint(version)
+    return facts[0] == facts[1] and old.prg.versions[version].sha256 == new.prg.versions[version].sha256

@@ -52,6 +52,8 @@ NOT_LOADED = (
     "Triton has not loaded it: it was not asked to, or can't read its config.pbtxt; SIGHUP asks it again"
 )
 """Its index is the same in both cases."""
+NOT_THERE = "Triton does not have it"
+UNLISTED = "Triton serves it, but prg.versions does not list it"
 ABSENT = "PRG_MODELS names it, but Triton's repository has no such model"
 
 
@@ -76,10 +78,10 @@ class Replica:
     doubted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by a failed call, so that the watch looks at once."""
 
-    def fingerprint(self, model: str, version: str) -> str | None:
-        """Of the weights it serves under that name and version, as last seen."""
+    def module(self, model: str, version: str) -> str | None:
+        """The sha256 of the module it serves under that name and version, as last seen."""
         status = self.models.get(model)
-        return status.fingerprints.get(version) if status else None
+        return status.modules.get(version) if status else None
 
     def failed(self, now: float) -> None:
         """Avoid it for a while."""
@@ -223,7 +225,7 @@ class TritonEngine:
         One that does not answer now is better than none; one with other weights is not.
         """
         now = asyncio.get_running_loop().time()
-        able = [r for r in self._replicas if r.fingerprint(job.model, job.version) == job.fingerprint]
+        able = [r for r in self._replicas if r.module(job.model, job.version) == job.sha256]
         if not able:
             raise EngineUnavailable("the model was replaced while the request was under way")
         return min(able, key=lambda r: (r in tried, r.seen is None, r.shunned_until > now, r.in_flight))
@@ -318,7 +320,11 @@ class TritonEngine:
         # EntryError, or a parameter too strange to parse.
         except (ValueError, RecursionError) as error:
             return ModelStatus(name, None, reason=str(error), state="failed")
-        return ModelStatus(name, entry, versions)
+        listed = entry.prg.versions.keys()
+        stated = {version: reason for _, version, _, reason in rows}
+        failed = dict.fromkeys(ready - listed, UNLISTED)
+        failed |= {version: stated.get(version) or NOT_THERE for version in listed - ready}
+        return ModelStatus(name, entry, versions, failed_versions=failed)
 
 
 def translate_error(error: InferenceServerException) -> Exception:
@@ -336,15 +342,15 @@ def translate_error(error: InferenceServerException) -> Exception:
 
 
 def _versions(entry: Entry, ready: set[str], chosen: frozenset[str] | None, where: str) -> tuple[str, ...]:
-    """Those served, ascending. Raises EntryError for one that is ready but unknown, or chosen but not ready."""
-    unknown = ready - entry.prg.versions.keys()
-    if unknown:
-        raise EntryError(f"{where}: serves version {min(unknown)}, which prg.versions does not list")
+    """Those served, ascending. Raises EntryError where none is ready, or one that is chosen is not."""
+    ready = ready & entry.prg.versions.keys()
     missing = set(chosen or ()) - ready
     if missing:
         raise EntryError(
             f"{where}: PRG_MODELS wants version {min(missing)}, ready are: {', '.join(sorted(ready))}"
         )
+    if not ready:
+        raise EntryError(f"{where}: Triton serves no version that prg.versions lists; load the entry again")
     return tuple(sorted(chosen or ready, key=int))
 
 

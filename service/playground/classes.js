@@ -11,6 +11,7 @@ export class Classes extends Panel {
     super($("classes"));
     this.bars = this.element.querySelector(".bars");
     this.empty = this.element.querySelector(".empty");
+    this.known = this.element.querySelector(".known");
     for (const picker of [$("count"), $("level")]) picker.addEventListener("change", () => this.show());
   }
 
@@ -19,6 +20,7 @@ export class Classes extends Panel {
     this.model = model;
     this.stop();
     this.bars.replaceChildren();
+    this.known.textContent = "";
     this.done.replaceChildren();
     const { labels, classify_t_end: levels } = model;
     this.empty.hidden = false;
@@ -41,9 +43,12 @@ export class Classes extends Panel {
       const { body, ms } = await call("classify", { form: formOf([picture], options), signal });
       this.empty.hidden = true;
       this.bars.replaceChildren(...body.data[0].predictions.map(bar));
+      this.known.textContent = typical(body.data[0].known);
       showDone(this.done, "/classify", ms, curl("classify", [picture], options));
     }).then(() => {
-      if (this.element.classList.contains("failed")) this.bars.replaceChildren();
+      if (!this.element.classList.contains("failed")) return;
+      this.bars.replaceChildren();
+      this.known.textContent = "";
     });
   }
 }
@@ -63,6 +68,13 @@ function bar({ label, probability }) {
   track.append(fill);
   item.append(name, number, track);
   return item;
+}
+
+/** How typical the picture is of what the classes were learned from; nothing where that was not measured. */
+function typical(known) {
+  if (known === undefined) return "";
+  if (known < 0.01) return "Unlike the pictures that these classes were learned from: better not believe it.";
+  return `${Math.round(known * 100)} % of such pictures are less typical of these classes.`;
 }
 
 /** What these classes can't say, in plain words. */

@@ -8,8 +8,8 @@ import numpy as np
 import orjson
 from fastapi import Request, Response
 
-from service.errors import NO_USABLE_IMAGE, Problem, problem_body
-from service.gateway import Gateway, Results
+from service.errors import NO_USABLE_IMAGE, WRONG_OPTION, Problem, problem_body
+from service.gateway import Chosen, Gateway, Results
 
 Facts = dict[str, Any]
 Item = Callable[[np.ndarray], dict[str, Any]]
@@ -20,6 +20,24 @@ def gateway_of(request: Request) -> Gateway:
     """The running service's parts."""
     gateway: Gateway = request.app.state.gateway
     return gateway
+
+
+def choose_feature(chosen: Chosen, feature: str | None, dimensions: int | None) -> tuple[str, int]:
+    """(the feature to answer with, its length). Raises Problem for one that the model lacks, or a wrong length."""
+    entry = chosen.entry
+    name = feature or entry.prg.feature
+    dim = entry.outputs().get(name.upper())
+    if dim is None:
+        raise Problem(WRONG_OPTION, f"{entry.name} has no {name}; there are: hidden, state")
+    if dimensions is None or dimensions == dim:
+        return name, dim
+    if name != "embedding":
+        raise Problem(
+            WRONG_OPTION, f"dimensions is {dimensions}, {name} of this model has {dim}; only embedding is cut"
+        )
+    if not 1 <= dimensions <= dim:
+        raise Problem(WRONG_OPTION, f"dimensions is {dimensions}, must be from 1 to {dim}")
+    return name, dimensions
 
 
 def answer(facts: Facts, results: Results, item: Item) -> Response:

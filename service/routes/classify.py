@@ -41,20 +41,32 @@ async def classify(request: Request, key: InferKey) -> Response:
         if level is None:
             allowed = ", ".join(map(str, levels))
             raise Problem(WRONG_OPTION, f"t_end is {asked}, must be one that the head knows: {allowed}")
-        results = await gateway.infer(request, key, items, chosen, (level,), "LOGITS", due)
+        version = prg.versions[chosen.version]
+        outputs = ("LOGITS", "KNOWN") if version.calibration else ("LOGITS",)
+        results = await gateway.infer(request, key, items, chosen, (level,), outputs, due)
     labels = prg.labels
 
     def item(values: np.ndarray) -> dict[str, Any]:
-        logits = values[0]
-        ranked = predictions(logits, labels, options.top_k)
-        return {"predictions": ranked} | ({"logits": logits} if options.return_logits else {})
+        logits = values[0, : len(labels)]
+        found: dict[str, Any] = {}
+        if version.calibration:
+            found["known"] = share_below(values[0, -1], version.calibration.known_quantiles)
+        found["predictions"] = predictions(logits, version.temperature, labels, options.top_k)
+        return found | ({"logits": logits} if options.return_logits else {})
 
-    return answer(chosen.facts() | {"t_end": level}, results, item)
+    return answer(chosen.facts("model") | {"t_end": level}, results, item)
 
 
-def predictions(logits: np.ndarray, labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+def share_below(known: float, quantiles: tuple[float, ...]) -> float:
+    """The share of held-out images that were less typical, from their quantiles: a p-value."""
+    return float(np.interp(known, quantiles, np.linspace(0, 1, len(quantiles))))
+
+
+def predictions(
+    logits: np.ndarray, temperature: float, labels: tuple[str, ...], top_k: int
+) -> list[dict[str, Any]]:
     """The first `top_k` classes (all, if there are fewer), most probable first."""
-    exact = logits.astype(np.float64)
+    exact = logits.astype(np.float64) / temperature
     weights = np.exp(exact - exact.max())
     probabilities = weights / weights.sum()
     order = np.argsort(-exact, kind="stable")[:top_k]

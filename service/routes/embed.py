@@ -11,7 +11,7 @@ from service.auth import InferKey
 from service.intake import read_request
 from service.limits import deadline
 from service.openapi import EMBED, EMBEDDED, NPY, answers, posted, problems
-from service.routes.answers import answer, encode_vector, failed, gateway_of
+from service.routes.answers import answer, choose_feature, encode_vector, failed, gateway_of
 from service.schemas import EmbedAnswer, EmbedOptions
 
 router = APIRouter(tags=["Images"])
@@ -26,10 +26,10 @@ NPY_HEADERS = {"X-Model": "model", "X-Model-Version": "model_version", "X-Finger
     summary="Embeddings of images",
     response_model=EmbedAnswer,
     responses=answers(EMBED, npy=True) | problems(*EMBEDDED),
-    openapi_extra=posted(EmbedOptions, {"t_end": 0.8, "feature": "hidden"}),
+    openapi_extra=posted(EmbedOptions, {"t_end": 0.8, "feature": "embedding"}),
 )
 async def embed(request: Request, key: InferKey) -> Response:
-    """The state or the hidden activations of each image at t_end, or at several levels of t_end.
+    """The embedding of each image at t_end, or at several levels; or its hidden activations, or the ODE's state.
 
     With `Accept: application/x-npy` the answer is one float32 .npy, [N, D] or [N, levels, D].
     """
@@ -39,14 +39,12 @@ async def embed(request: Request, key: InferKey) -> Response:
         items, options = await read_request(request, EmbedOptions, settings)
         chosen = gateway.choose(options.model, options.model_version)
         prg = chosen.entry.prg
-        feature = options.feature or prg.feature
+        feature, dim = choose_feature(chosen, options.feature, options.dimensions)
         t_end = prg.t_end if options.t_end is None else options.t_end
         levels = tuple(t_end) if isinstance(t_end, list) else (t_end,)
-        results = await gateway.infer(request, key, items, chosen, levels, feature.upper(), due)
-    if options.normalize:
-        results = results.normalized()
-    dim = chosen.entry.outputs()[feature.upper()]
-    facts = chosen.facts() | {"feature": feature, "t_end": t_end, "dim": dim}
+        results = await gateway.infer(request, key, items, chosen, levels, (feature.upper(),), due)
+    results = results.vectors(dim, options.normalize)
+    facts = chosen.facts("encoder") | {"feature": feature, "t_end": t_end, "dim": dim}
 
     def item(values: np.ndarray) -> dict[str, Any]:
         vectors = [encode_vector(vector, options.encoding_format) for vector in values]

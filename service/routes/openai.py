@@ -11,7 +11,7 @@ from service.errors import MALFORMED_BODY, NO_USABLE_IMAGE, WRONG_OPTION, Proble
 from service.intake import Item, read_base64, read_data_uri
 from service.limits import deadline
 from service.openapi import KEYED, OPENAI, OPENAI_MODELS, OPENAI_PROBLEMS, answers, posted_openai, problems
-from service.routes.answers import as_json, encode_vector, gateway_of
+from service.routes.answers import as_json, choose_feature, encode_vector, gateway_of
 from service.schemas import EmbeddingsAnswer, EmbeddingsRequest, OpenAIModel, OpenAIModels
 
 router = APIRouter(tags=["OpenAI style"])
@@ -31,22 +31,17 @@ async def embeddings(request: Request, key: InferKey) -> Response:
     async with deadline(request, settings.request_timeout_s) as due:
         asked = _parse(await request.body())
         chosen = gateway.choose(asked.model)
-        feature = asked.feature or chosen.entry.prg.feature
-        dim = chosen.entry.outputs()[feature.upper()]
-        if asked.dimensions not in (None, dim):
-            detail = f"dimensions is {asked.dimensions}, {feature} of this model has {dim}"
-            raise Problem(WRONG_OPTION, detail)
+        feature, dim = choose_feature(chosen, asked.feature, asked.dimensions)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if not 1 <= len(texts) <= settings.max_images:
             raise Problem(WRONG_OPTION, f"input has {len(texts)} images, must be 1 to {settings.max_images}")
         items = [_item(text, settings.max_image_bytes) for text in texts]
         level = chosen.entry.prg.t_end if asked.t_end is None else asked.t_end
-        results = await gateway.infer(request, key, items, chosen, (level,), feature.upper(), due)
+        results = await gateway.infer(request, key, items, chosen, (level,), (feature.upper(),), due)
     if results.errors:
         index = min(results.errors)
         raise Problem(NO_USABLE_IMAGE, f"input[{index}]: {results.errors[index]}")
-    if asked.normalize:
-        results = results.normalized()
+    results = results.vectors(dim, asked.normalize)
     data = [
         {"object": "embedding", "index": i, "embedding": encode_vector(vector, asked.encoding_format)}
         for i, vector in enumerate(results.values[:, 0])

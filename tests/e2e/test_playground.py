@@ -216,19 +216,17 @@ def test_at_one_the_state_is_the_picture(visit: Open, address: str) -> None:
     assert np.abs(pixels(page) - pooled).max() <= 1
 
 
-def test_similarity_by_level(visit: Open, address: str) -> None:
+def test_similarity(visit: Open, address: str) -> None:
     page = visit(address)
     choose(page, SCENES / "ship.jpg")
     page.get_by_label("Compare with the drawing of a ship").click()
-    values = page.locator("#similarity .columns .value")
-    expect(values).to_have_text(["1.00"] * 8)
+    number = page.locator("#similarity .number")
+    expect(number).to_have_text("1.00")
     choose(page, SCENES / "cup.jpg", "#second")
-    expect(page.locator("#similarity .number")).not_to_have_text("1.00")
+    expect(number).not_to_have_text("1.00")
     ready(page)
-    assert all(-1 <= float(text.replace("−", "-")) < 1 for text in values.all_inner_texts())
-    page.select_option("#feature", "state")
-    expect(page.locator("#similarity .what")).to_have_text("state at t_end 0.8")
-    ready(page)
+    assert -1 <= float(number.inner_text().replace("−", "-")) < 0.9
+    expect(page.locator("#similarity .what")).to_have_text("cosine of the 256 numbers at t_end 0.8")
 
 
 def test_a_model_without_classes_says_so(visit: Open, address: str) -> None:
@@ -276,7 +274,7 @@ def test_a_picture_is_pasted_and_dropped(visit: Open, address: str) -> None:
     expect(page.locator("#classes .bars li")).to_have_count(5)
     page.evaluate(send, ["drop", list(buffer.getvalue()), "#second"])
     expect(page.locator("#second .name")).to_have_text("drop.png")
-    expect(page.locator("#similarity .columns .value")).to_have_text(["1.00"] * 8)
+    expect(page.locator("#similarity .number")).to_have_text("1.00")
     ready(page)
 
 
@@ -319,13 +317,11 @@ def test_nothing_is_cut_off(
     photo.write_bytes((SCENES / "ship.jpg").read_bytes())
     choose(page, photo)
     page.get_by_label("Compare with the drawing of a car").click()
-    expect(page.locator("#similarity .columns li")).to_have_count(8)
+    expect(page.locator("#similarity .number")).not_to_be_empty()
     for summary in page.locator("summary").all():
         summary.click()
     ready(page)
     assert page.evaluate("document.documentElement.scrollWidth") == size[0]
-    over = "Math.max(...[...document.querySelectorAll('#similarity li *')].map(e => e.scrollWidth - e.clientWidth))"
-    assert page.evaluate(over) <= 0
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = np.mean([int(n) for n in re.findall(r"\d+", ground)]) > 128
     assert light == (scheme == "light")

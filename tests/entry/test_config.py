@@ -32,7 +32,7 @@ def test_what_is_written_is_read(tmp_path: Path, head: bool) -> None:
     assert read_entry(directory) == entry
     assert entry.has_head == head
     assert entry.default_version == "10"
-    assert list(entry.outputs()) == ["STATE", "HIDDEN", "LOGITS"][: 3 if head else 2]
+    assert list(entry.outputs()) == ["STATE", "HIDDEN", "EMBEDDING", *(["LOGITS", "KNOWN"] if head else [])]
 
 
 def test_the_parameter_has_exactly_the_keys_of_the_format(tmp_path: Path) -> None:
@@ -49,7 +49,8 @@ def test_triton_is_told_what_it_needs(tmp_path: Path) -> None:
     assert [list(i.dims) for i in config.input] == [[3, 48, 48], [1]]
     assert config.max_batch_size == 64
     assert config.version_policy.WhichOneof("policy_choice") == "all"
-    assert not config.instance_group
+    # without a kind, so that one entry serves on a GPU and without
+    assert [(group.count, group.kind) for group in config.instance_group] == [(2, 0)]
     policy = config.dynamic_batching.default_queue_policy
     assert (policy.default_timeout_microseconds, policy.max_queue_size) == (60_000_000, 256)
     assert policy.allow_timeout_override
@@ -72,13 +73,13 @@ def change(directory: Path, edit: object) -> None:
     [
         (lambda t: t.pop("nfe"), "prg.nfe"),
         (lambda t: t.update(extra=1), "prg.extra"),
-        (lambda t: t.update(format=2), "prg.format"),
+        (lambda t: t.update(format=1), "format 1"),
+        (lambda t: t.update(format=3), "prg.format"),
         (lambda t: t.update(steps=True), "prg.steps"),
         (lambda t: t.update(steps=0), "prg.steps"),
         (lambda t: t.update(t_end=1.5), "prg.t_end"),
         (lambda t: t.update(t_end=float("nan")), "NaN"),
         (lambda t: t.update(feature="pixels"), "prg.feature"),
-        (lambda t: t.update(labels=None), "prg.labels"),
         (lambda t: t.pop("labels"), "labels and classify_t_end"),
         (lambda t: t.update(labels=["a", "a", "b", "c"]), "labels"),
         (lambda t: t.update(labels=["a"]), "output LOGITS"),
@@ -86,9 +87,12 @@ def change(directory: Path, edit: object) -> None:
         (lambda t: t["image"].update(resize=16), "resize"),
         (lambda t: t["image"].update(size=16, resize=16), "input IMAGE"),
         (lambda t: t["image"].update(std=[1, 0, 1]), "prg.image.std.1"),
-        (lambda t: t["features"]["hidden"].update(dim=5), "output HIDDEN"),
+        (lambda t: t["features"]["hidden"].update(dim=6), "output HIDDEN"),
+        (lambda t: t["features"]["hidden"].update(pooling=["max"]), "hidden.pooling"),
+        (lambda t: t["features"].pop("embedding"), "'embedding'"),
+        (lambda t: t["versions"]["1"].pop("held_out"), "held_out"),
+        (lambda t: t["versions"]["1"]["calibration"].update(temperature=0), "temperature"),
         (lambda t: t["versions"]["1"].update(sha256="abc"), "prg.versions.1.sha256"),
-        (lambda t: t["versions"].update({"2": t["versions"]["1"]}), "2/model.pt"),
         (lambda t: t["versions"].update({"01": t["versions"].pop("1")}), "'01'"),
     ],
 )
@@ -123,12 +127,20 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path, old: str, new: str, na
     assert str(path) in str(error.value)
 
 
-def test_a_version_that_is_not_listed_is_refused(tmp_path: Path) -> None:
-    directory = write_tiny_entry(tmp_path)
-    (directory / "2").mkdir()
-    (directory / "2" / "model.pt").write_bytes(b"half an export")
-    with pytest.raises(EntryError, match="'2'.*remove the folder"):
-        read_entry(directory)
+def test_a_version_that_is_gone_or_not_listed_fails_alone(tmp_path: Path) -> None:
+    directory = write_tiny_entry(tmp_path, versions=("1", "2", "3"))
+    (directory / "2" / "model.pt").unlink()
+    (directory / "4").mkdir()
+    (directory / "4" / "model.pt").write_bytes(b"half an export")
+    entry = read_entry(directory)
+    assert entry.usable_versions == ("1", "3")
+    assert entry.failed_versions.keys() == {"2", "4"}
+
+
+def test_hidden_folders_are_no_entries(tmp_path: Path) -> None:
+    write_tiny_entry(tmp_path, ".snapshot")
+    write_tiny_entry(tmp_path, "good")
+    assert list(find_entries(tmp_path)) == ["good"]
 
 
 def test_weights_that_differ_from_their_digest_are_refused(tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ LEVELS = np.array([0, 0.25, 0.5, 0.75, 1], np.float32)
 def test_rows_are_those_of_their_image_and_level(tmp_path: Path) -> None:
     outputs = Runner(write_tiny_entry(tmp_path)).run(IMAGES, LEVELS)
     expected = np.concatenate([IMAGES.mean((2, 3)) / 255, LEVELS[:, None]], 1)
-    assert np.allclose(outputs["HIDDEN"], expected, atol=1e-6)
+    assert np.allclose(outputs["EMBEDDING"], expected, atol=1e-6)
     assert outputs["STATE"].shape == (5, 768)
-    assert np.allclose(outputs["LOGITS"], outputs["HIDDEN"] * 10)
+    assert np.allclose(outputs["LOGITS"], outputs["EMBEDDING"] * 10)
 
 
 def test_without_a_head_there_are_no_logits(tmp_path: Path) -> None:
-    assert Runner(write_tiny_entry(tmp_path, head=False)).run(IMAGES, LEVELS).keys() == {"STATE", "HIDDEN"}
+    found = Runner(write_tiny_entry(tmp_path, head=False)).run(IMAGES, LEVELS)
+    assert found.keys() == {"STATE", "HIDDEN", "EMBEDDING"}
 
 
 def test_the_highest_version_is_the_default(tmp_path: Path) -> None:

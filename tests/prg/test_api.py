@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and its entry."""
     folder = tmp_path_factory.mktemp("home")
-    photos = image_folder(folder / "photos", each=20)
+    photos = image_folder(folder / "photos", each=40)
     command = ["--recipe", "images-32", "--data", str(photos), *overrides("finetune.epochs=1")]
     assert main(["pretrain", str(folder / "run"), *command]) == 0
     assert main(["finetune", str(folder / "run")]) == 0

@@ -94,7 +94,7 @@ def test_facts_of_another_version_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"another version of prg \(.*train again"):
             read_facts(path)
     save_file({"w": torch.ones(1)}, path, {"format": "1", "prg": json.dumps(table)})
-    with pytest.raises(CheckpointError, match=r"written in format 1, this prg reads 2; train again"):
+    with pytest.raises(CheckpointError, match=r"written in format 1, this prg reads 3; train again"):
         read_facts(path)
 
 

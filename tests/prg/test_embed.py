@@ -19,7 +19,7 @@ from prg.embed.local import Local
 from prg.embed.remote import Remote
 from service.settings import Settings
 from tests.serving import served
-from tests.tiny import png, tiny_fingerprint, write_tiny_entry
+from tests.tiny import png, tiny_digest, write_tiny_entry
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_npy(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [Path(line["path"]).name for line in lines if "error" in line] == ["bad.jpg"]
     check(np.load(out), [line["path"] for line in lines], 0.5)
     about = json.loads((tmp_path / "vectors.about.json").read_text())
-    assert (about["fingerprint"], about["feature"], about["t_end"]) == (tiny_fingerprint(), "hidden", 0.5)
+    assert (about["fingerprint"], about["feature"], about["t_end"]) == (tiny_digest()[:12], "embedding", 0.5)
     assert not out.with_name("vectors.npy.parts").exists()
 
 
@@ -64,7 +64,12 @@ def test_parquet_patterns_and_each_file_once(pictures: Path, tmp_path: Path) -> 
     assert len(paths) == len(set(paths)) == 5 + 16
     check(np.stack(table["embedding"].to_numpy()), paths)
     about = json.loads(table.schema.metadata[b"prg"])
-    assert about == {"fingerprint": tiny_fingerprint(), "feature": "hidden", "t_end": 0.8, "normalize": False}
+    assert about == {
+        "fingerprint": tiny_digest()[:12],
+        "feature": "embedding",
+        "t_end": 0.8,
+        "normalize": False,
+    }
     assert [e is None for e in table["error"].to_pylist()] == [not p.endswith("bad.jpg") for p in paths]
 
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from networks import random_net
 
-from prg.classifier import Classifier, HeadConfig
+from entry.config import ImageSpec
+from prg.classifier import Classifier, Head, HeadConfig
 from prg.encoder import Encoder, EncoderConfig, pooled_state
+from prg.extractor import Extractor, Familiarity
+from prg.fitting import fit_projection
 from prg.paths import PATHS
 from prg.unet import PRESETS, UNet, UNetConfig
 
@@ -30,7 +33,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_a_mixed_batch_equals_the_images_alone(solver: str, path: str) -> None:
     encoder = Encoder(random_net(), EncoderConfig(path, solver, steps=3))
-    model = Classifier(encoder, HeadConfig(5, "both")).eval()
+    model = Classifier(encoder, HeadConfig(5, ("state", "middle_block.mean"))).eval()
     with torch.inference_mode():
         together = model(images(), LEVELS)
         alone = [model(images()[i : i + 1], LEVELS[i : i + 1]) for i in range(4)]
@@ -44,7 +47,10 @@ def test_scripted_it_needs_no_operator_that_older_pytorch_lacks(path: str, offic
     """A server's PyTorch may be older than the one that exported."""
     shape = UNetConfig(16, 8, (1, 2), 1, groups=4) if official else replace(PRESETS["tiny16"], pad_after=True)
     encoder = Encoder(UNet(shape), EncoderConfig(path, "rk4", steps=2))
-    model = Classifier(encoder, HeadConfig(5, "both"))
+    head = Head(encoder, HeadConfig(5, ("state", "middle_block.mean")))
+    image = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
+    projection = fit_projection(torch.randn(64, encoder.hidden_dim))
+    model = Extractor(encoder, image, projection, head, Familiarity(torch.zeros(5, 16)))
     needed = torch.jit.export_opnames(torch.jit.script(model.eval()))  # type: ignore[attr-defined]
     assert "aten::conv2d" in needed
     assert set(needed) <= set(OPERATORS.read_text().split())
@@ -65,7 +71,7 @@ def test_past_the_start_the_image_stays_and_hidden_is_taken_at_the_start() -> No
     encoder.t_start = 0.9  # as on a path whose velocity is infinite at the data
     with torch.inference_mode():
         state, hidden = encoder(images(1), torch.tensor([0.95]))
-        expected = encoder.field.activations(images(1), torch.tensor([0.9]), encoder.blocks)
+        expected = encoder.hidden(images(1), torch.tensor([0.9]))
     assert torch.equal(state, pooled_state(images(1)))
     assert torch.equal(hidden, expected)
 
@@ -85,7 +91,14 @@ def test_hidden_is_one_further_evaluation_at_the_end_point() -> None:
         for hook in hooks:
             hook.remove()
         _, hidden = encoder(images(), LEVELS)
-    expected = torch.cat([seen[name].mean(dim=(2, 3)) for name in layers], dim=1)
+    expected = torch.cat(
+        [
+            pooled
+            for h in (seen[name].flatten(2) for name in layers)
+            for pooled in (h.mean(2), (h.var(2, unbiased=False) + 1e-6).sqrt())
+        ],
+        dim=1,
+    )
     torch.testing.assert_close(hidden, expected)
     assert hidden.shape[1] == encoder.hidden_dim
 
@@ -97,7 +110,7 @@ def test_no_block_past_the_deepest_named_one_runs() -> None:
     for name in net.block_names():
         net.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     with torch.inference_mode():
-        encoder.field.activations(images(), LEVELS, encoder.blocks)
+        encoder.hidden(images(), LEVELS)
     assert ran[-1] == "middle_block"
     assert len(ran) == len(net.input_blocks) + 1
 

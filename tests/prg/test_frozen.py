@@ -13,14 +13,14 @@ from entry.config import read_entry
 from prg.checkpoint import load_checkpoint, read_facts
 from prg.cli import main
 from prg.logistic import stratified_folds
-from prg.training.finetune import load_trained
+from prg.trained import load_trained
 
 NET = "encoder.solver.velocity.net."
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("data") / "photos")
+    return image_folder(tmp_path_factory.mktemp("data") / "photos", each=30)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_encoder_is_the_pretrained_one_and_the_head_is_linear(run: Path) -> 
     assert [type(m).__name__ for m in model.head.classifier] == ["LayerNorm", "Linear"]
     assert facts.cross_validated is not None
     assert facts.cross_validated.penalty in facts.recipe.finetune.penalties
-    assert (facts.held_out, facts.trained.images) == (0, 60)  # type: ignore[union-attr]
+    assert (facts.held_out, facts.trained.images) == (0, 90)  # type: ignore[union-attr]
 
 
 def test_the_penalty_is_the_one_of_least_cross_validated_loss(run: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_penalty_is_the_one_of_least_cross_validated_loss(run: Path) -> None
     chosen = read_facts(run / "finetune" / "checkpoint.safetensors").cross_validated
     assert chosen is not None
     best = min(rows, key=lambda row: row["loss"])
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert (chosen.penalty, chosen.top1) == (best["penalty"], best["top1"])
 
 
@@ -129,11 +129,15 @@ def test_an_entry_that_does_not_fit_says_why(
 
 def test_what_the_head_reads_and_its_levels_are_the_recipes(run: Path, photos: Path, tmp_path: Path) -> None:
     init = run / "pretrain" / "checkpoint.safetensors"
-    settings = overrides("finetune.head_input=both", "finetune.t_end=[0.8, 0.5]", "finetune.penalties=[0.01]")
+    settings = overrides(
+        "finetune.head_input=['state', 'middle_block.mean']",
+        "finetune.t_end=[0.8, 0.5]",
+        "finetune.penalties=[0.01]",
+    )
     command = ["--recipe", "images-32", "--data", str(photos), "--freeze", *settings, "--init", str(init)]
     assert main(["finetune", str(tmp_path), *command]) == 0
     model, facts = load_trained(tmp_path / "finetune" / "checkpoint.safetensors")
-    assert model.input == "both"
+    assert model.head.columns == [(0, 768), (768 + 80, 768 + 96)]
     assert facts.recipe.finetune.t_end == (0.8, 0.5)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prg.classifier import Head, HeadConfig
-from prg.encoder import STATE_DIM, Encoder, EncoderConfig, pooled_state
+from prg.encoder import Encoder, EncoderConfig, pooled_state
 from prg.importers.official import turn_time
 from prg.unet import PRESETS, UNet
 
@@ -38,7 +38,7 @@ def test_reproduces_the_official_numbers(case: str) -> None:
     golden = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{case}.npz").items() if v.ndim}
     net = UNet(PRESETS[preset])
     encoder = Encoder(net, EncoderConfig(steps=steps))
-    head = Head(STATE_DIM, HeadConfig(classes))
+    head = Head(encoder, HeadConfig(classes))
     fill({f"unet.{k}": v for k, v in net.state_dict().items()})
     fill({f"head.{k}": v for k, v in head.state_dict().items()})
     assert torch.equal(golden["x"], image_batch(net.config.image_size))
@@ -48,7 +48,8 @@ def test_reproduces_the_official_numbers(case: str) -> None:
             net.load_state_dict(turn_time(net.state_dict()))
             torch.testing.assert_close(-net(golden["x"], 1 - golden["t"]), v, atol=1e-5, rtol=0)
         z, reached = encoder.reverse(golden["x"], torch.full((2,), t_end))
-        logits = head(pooled_state(z))
+        state = pooled_state(z)
+        logits = head(state, state)  # it reads the first alone
     torch.testing.assert_close(v, golden["v"], atol=1e-4, rtol=0)
     torch.testing.assert_close(z, golden["z"], atol=1e-3, rtol=0)
     torch.testing.assert_close(logits, golden["logits"], atol=1e-3, rtol=0)

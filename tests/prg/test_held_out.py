@@ -164,7 +164,7 @@ def test_the_smallest_share_of_all_trainings_counts(begin: str, home: Path, tmp_
     assert facts.held_out == 0.3
     assert [line.split(":")[0] for line in facts.history][:2] == ["pretrain", "finetune"]
     assert main(["export", str(run), str(entry)]) == 0
-    assert read_entry(entry).prg.versions["1"].training["held_out"] == 0.3
+    assert read_entry(entry).prg.versions["1"].held_out == 0.3
     for target, data in ((run, ""), (entry, str(home / "photos"))):
         material = open_target(target, "finetune", tmp_path / target.name, data).material
         assert set(material.training()[1].keys.tolist()) == trained_on(home / "run")[1]
@@ -176,7 +176,7 @@ def test_what_may_have_been_seen_is_evaluated_on_when_asked_and_labelled(
     entry = shutil.copytree(home / "entry", tmp_path / "entry")
     config = entry / "config.pbtxt"
     config.write_text(config.read_text().replace('\\"held_out\\":0.3', '\\"held_out\\":null'))
-    assert read_entry(entry).prg.versions["1"].training["held_out"] is None
+    assert read_entry(entry).prg.versions["1"].held_out is None
     evaluate = ["evaluate", str(entry), "--data", str(home / "photos")]
     for more in ([], ["--split", "train"], ["--study", "steps", "--out", str(tmp_path / "out")]):
         assert main([*evaluate, *more]) == 1

@@ -112,7 +112,7 @@ def test_it_fine_tunes_evaluates_exports_like_our_own(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos, run, entry = (
-        image_folder(tmp_path / "photos", each=12),
+        image_folder(tmp_path / "photos", each=24),
         tmp_path / "run",
         tmp_path / "models" / "ddpm",
     )

@@ -15,10 +15,10 @@ from entry.config import read_entry
 from prg.checkpoint import Checkpoint, load_checkpoint, load_strictly
 from prg.classifier import Head, HeadConfig
 from prg.cli import main
-from prg.encoder import STATE_DIM, Encoder
+from prg.encoder import Encoder, EncoderConfig
 from prg.errors import CheckpointError
 from prg.importers import imported as module
-from prg.training.finetune import load_trained
+from prg.trained import load_trained
 from prg.training.run import open_run
 from prg.unet import PRESETS, UNet
 
@@ -37,7 +37,7 @@ def official_file(
     """What the release saves, with the weights that the golden vectors were made with."""
     torch.manual_seed(0)
     net = UNet(PRESETS[preset]).state_dict()
-    head = Head(STATE_DIM, HeadConfig(classes or 1)).state_dict()
+    head = Head(Encoder(UNet(PRESETS["tiny16"]), EncoderConfig()), HeadConfig(classes or 1)).state_dict()
     if fill_it:
         fill({f"unet.{k}": v for k, v in net.items()})
         fill({f"head.{k}": v for k, v in head.items()})
@@ -78,7 +78,8 @@ def test_a_fine_tuned_file_gives_the_official_state_and_logits(tmp_path: Path) -
     model.eval()
     with torch.inference_mode():
         z, _ = model.encoder.reverse(vectors["x"], levels)
-        logits = model.head(torch.nn.functional.adaptive_avg_pool2d(z, 16).flatten(1))
+        state = torch.nn.functional.adaptive_avg_pool2d(z, 16).flatten(1)
+        logits = model.head(state, state)  # it reads the first alone
     close(z, vectors["z"], 1e-3)
     close(logits, vectors["logits"], 1e-3)
 
@@ -104,7 +105,7 @@ QUICK = {"finetune.epochs": 0.5, "finetune.batch": 8, "finetune.precision": '"fp
 
 @pytest.mark.parametrize("path", ["icfm", "gvp"])
 def test_it_goes_on_like_our_own(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    photos, run, tuned = image_folder(tmp_path / "photos", each=12), tmp_path / "run", tmp_path / "tuned"
+    photos, run, tuned = image_folder(tmp_path / "photos", each=24), tmp_path / "run", tmp_path / "tuned"
     file = official_file(tmp_path / "classify.pt", "tiny16", 3, "", fill_it=False)
     settings = SMALL | QUICK | OFFICIAL | {"encoder.path": path}
     sourced = settings | {"data.source": f'"{photos}"'}
@@ -127,9 +128,9 @@ def test_it_goes_on_like_our_own(path: str, tmp_path: Path, capsys: pytest.Captu
     init = ["--init", str(run / "pretrain" / "checkpoint.safetensors")]
     assert main(["finetune", str(tuned), "--recipe", "images-32", *flags, *init]) == 0
     assert main(["export", str(tuned), str(tmp_path / "models" / "tuned")]) == 0
-    training = read_entry(tmp_path / "models" / "tuned").prg.versions["1"].training
-    assert training["history"][0].startswith("import: official PRG release epoch 7, classify.pt")
-    assert training["held_out"] is None
+    version = read_entry(tmp_path / "models" / "tuned").prg.versions["1"]
+    assert version.training["history"][0].startswith("import: official PRG release epoch 7, classify.pt")
+    assert version.held_out is None
     assert imports(file, run, **sourced) == 1
     assert "holds a run already" in capsys.readouterr().err
 

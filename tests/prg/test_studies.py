@@ -12,14 +12,15 @@ from entry.config import ImageSpec
 from prg.cli import main
 from prg.commands.studies import STUDIES
 from prg.console import track
-from prg.evaluation import calibration
+from prg.evaluation import reliability
 from prg.export import Export, export
+from prg.extractor import Extractor
 from prg.recipe import load_recipe
 from prg.studies.corruptions import CORRUPTIONS, PUBLISHED
 from prg.studies.probes import linear_probe, nearest_neighbours, top1
 from prg.studies.samples import frechet_distance
 from prg.studies.subject import Solve, Subject
-from prg.training.finetune import build_classifier, load_trained
+from prg.trained import build_classifier, load_trained
 from prg.training.run import open_run
 from prg.unet import UNet
 
@@ -46,17 +47,17 @@ def test_calibration_of_a_model_that_is_as_right_as_it_is_sure() -> None:
     logits = rng.normal(0, 1.5, (40_000, 4))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = (p.cumsum(1) > rng.random((len(p), 1))).argmax(1)
-    honest = calibration(logits, labels)
+    honest = reliability(logits, labels)
     assert honest.ece < 0.01
     assert honest.nll == pytest.approx(float(-(p * np.log(p)).sum(1).mean()), abs=0.01)
     assert sum(honest.counts) == len(labels)
-    boastful = calibration(3 * logits, labels)
+    boastful = reliability(3 * logits, labels)
     assert boastful.ece > 0.1
     assert boastful.nll > honest.nll
 
 
 def test_calibration_by_hand() -> None:
-    sure = calibration(np.array([[50.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 0.0]]), np.array([0, 0, 1, 1]))
+    sure = reliability(np.array([[50.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 0.0]]), np.array([0, 0, 1, 1]))
     assert sure.ece == pytest.approx(0.25)
     assert sure.counts[-1] == 4
     assert sure.accuracy[-1] == pytest.approx(0.75)
@@ -92,10 +93,10 @@ def test_frechet_distance_of_normal_clouds_is_the_closed_form() -> None:
 def test_the_subject_answers_as_the_trained_model(run: Path, entry: Path, photos: Path) -> None:
     subject = Subject(entry)
     images = open_run(run, None).material("finetune").evaluated()[1]
-    model, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
+    extractor, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
     with torch.inference_mode():
-        x = subject.latents(images.pixels[:8]).cpu()
-        expected = [t.numpy() for t in model.eval()(x, torch.full((8,), 0.8))]
+        pixels = torch.from_numpy(np.ascontiguousarray(images.pixels[:8]))
+        expected = [t.numpy() for t in extractor.eval()(pixels, torch.full((8, 1), 0.8))]
     with track("features", 8) as bar:
         found = subject.features(images.pixels[:8], 0.8, subject.own, bar)
     for a, b in zip(found.values(), expected, strict=True):
@@ -120,13 +121,13 @@ def test_each_study_by_its_command(
 ) -> None:
     for target, data in ((run, []), (entry, ["--data", str(photos)])):
         out = tmp_path / target.name / target.parent.name
-        command = ["evaluate", str(target), *data, "--study", name, "--out", str(out), "--limit", "36"]
+        command = ["evaluate", str(target), *data, "--study", name, "--out", str(out), "--limit", "48"]
         assert main(command) == 0
         written = [Path(line) for line in capsys.readouterr().out.splitlines()]
         assert all(p.stat().st_size > 100 for p in written)
         found = json.loads((out / f"{name}.json").read_text())
         page = (out / f"{name}.md").read_text()
-        assert f"prg evaluate mine {'--data photos ' if data else ''}--study {name} --limit 36" in page
+        assert f"prg evaluate mine {'--data photos ' if data else ''}--study {name} --limit 48" in page
         assert page.count("\n| ") == 1 + len(found["results"])
         assert str(tmp_path) not in page
         for picture in out.glob("*.png"):
@@ -141,11 +142,9 @@ def test_robustness_at_each_size_of_published_severities(
     entry, spec = tmp_path / "entry", recipe.image
     image = ImageSpec(size=side, resize=side, preprocessing="v2", mean=spec.mean, std=spec.std)
     labels = ("blue", "green", "red")
-    export(
-        build_classifier(UNet(recipe.unet), recipe, 3),
-        Export(image, 0.8, "hidden", {}, labels, (0.8,)),
-        entry,
-    )
+    model = build_classifier(UNet(recipe.unet), recipe, 3)
+    extractor = Extractor(model.encoder, image, head=model.head)
+    export(extractor, Export(image, 0.8, "hidden", {}, None, labels, (0.8,)), entry)
     command = ["evaluate", str(entry), "--data", str(photos), "--study", "robustness", "--limit", "2"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "robustness.json").read_text())

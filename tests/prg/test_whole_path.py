@@ -15,7 +15,7 @@ from entry.images import load_image
 from entry.runner import Runner
 from prg.cli import main
 from prg.evaluation import evaluate, record
-from prg.training.finetune import load_trained
+from prg.trained import load_trained
 from prg.training.run import open_run
 from service.app import create_app
 from service.settings import Settings
@@ -23,7 +23,7 @@ from service.settings import Settings
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("data") / "photos")
+    return image_folder(tmp_path_factory.mktemp("data") / "photos", each=40)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_measured_accuracy_is_served_accuracy(
     assert main(["evaluate", str(run)]) == 0
     printed = figures(capsys.readouterr().out)
     of_run = {k: printed[k] for k in ("data", "images", "top1", "top5")}
-    assert of_run["images"] == 60
+    assert of_run["images"] == 120
     assert of_run["top1"] > 0.9
     entry = tmp_path / "models" / "mine"
     assert main(["export", str(run), str(entry)]) == 0
@@ -57,7 +57,7 @@ def test_measured_accuracy_is_served_accuracy(
             files = [("files", (p.name, p.read_bytes())) for p in paths]
             items = client.post("/classify", files=files, params={"top_k": 1}).json()["data"]
             right += sum(item["predictions"][0]["label"] == name for item in items)
-        assert right / 60 == of_run["top1"]
+        assert right / 120 == of_run["top1"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--compact"], ["--precision", "bf16"], ["--precision", "fp16"]])
@@ -65,16 +65,12 @@ def test_the_entry_answers_as_the_trained_model(run: Path, tmp_path: Path, flags
     directory = tmp_path / "mine"
     assert main(["export", str(run), str(directory), *flags]) == 0
     entry = read_entry(directory)
-    model, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
-    model.eval()
-    spec = entry.prg.image
+    extractor, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
     pixels = np.random.default_rng(2).integers(0, 256, (4, 3, 16, 16), np.uint8)
     levels = np.array([1, 0.8, 0.3, 0], np.float32)
-    x = (torch.from_numpy(pixels) / 255 - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[
-        :, None, None
-    ]
     with torch.inference_mode():
-        expected = [t.numpy() for t in model(x, torch.from_numpy(levels))]
+        answers = extractor.eval()(torch.from_numpy(pixels), torch.from_numpy(levels)[:, None])
+    expected = [t.numpy() for t in answers]
     found = Runner(directory).run(pixels, levels)
     for a, b in zip(found.values(), expected, strict=True):
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -83,15 +79,13 @@ def test_the_entry_answers_as_the_trained_model(run: Path, tmp_path: Path, flags
         assert np.abs(lengths - 1).max() < 0.05
 
 
-def test_the_same_weights_give_the_same_fingerprint(run: Path, tmp_path: Path) -> None:
+def test_the_same_weights_give_the_same_digests(run: Path, tmp_path: Path) -> None:
     directory = tmp_path / "mine"
     for flags in ([], ["--compact"]):
         for _ in range(2):
             assert main(["export", str(run), str(directory), *flags]) == 0
-    entry = read_entry(directory)
-    assert (
-        entry.fingerprint("1") == entry.fingerprint("2") != entry.fingerprint("3") == entry.fingerprint("4")
-    )
+    found = [read_entry(directory).fingerprints(str(version)) for version in (1, 2, 3, 4)]
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 def test_an_export_is_as_it_was_trained_and_serves_as_the_recipe_says_now(
@@ -100,13 +94,15 @@ def test_an_export_is_as_it_was_trained_and_serves_as_the_recipe_says_now(
     before = (run / "recipe.json").read_text()
     changed = json.loads(before)
     changed["image"]["mean"] = [0.1, 0.1, 0.1]
-    changed["serve"]["t_end"] = 0.6
+    changed["serve"] = {"t_end": 0.6, "feature": "hidden"}
     try:
         (run / "recipe.json").write_text(json.dumps(changed))
         for stage in ("finetune", "pretrain"):
             assert main(["export", str(run), str(tmp_path / stage), "--stage", stage]) == 0
             prg = read_entry(tmp_path / stage).prg
-            assert (prg.image.mean, prg.t_end) == (tuple(json.loads(before)["image"]["mean"]), 0.6)
+            # at the level that the embedding was fitted at
+            assert (prg.t_end, prg.feature) == (0.8, "hidden")
+            assert list(prg.image.mean) == json.loads(before)["image"]["mean"]
     finally:
         (run / "recipe.json").write_text(before)
     assert main(["finetune", str(run), "--set", "encoder.steps=3"]) == 1
@@ -171,7 +167,7 @@ def test_a_pretrained_model_alone(run: Path, tmp_path: Path, capsys: pytest.Capt
     directory = tmp_path / "features"
     assert main(["export", str(run), str(directory), "--stage", "pretrain"]) == 0
     entry = read_entry(directory)
-    assert list(entry.outputs()) == ["STATE", "HIDDEN"]
+    assert list(entry.outputs()) == ["STATE", "HIDDEN", "EMBEDDING"]
     image = Image.new("RGB", (16, 16), "red")
     image.save(tmp_path / "a.png")
     pixels = load_image((tmp_path / "a.png").read_bytes(), entry.prg.image)
@@ -183,8 +179,8 @@ def test_a_pretrained_model_alone(run: Path, tmp_path: Path, capsys: pytest.Capt
 def test_the_dry_run_trains_nothing(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--recipe", "images-32", "--data", str(photos), "--dry-run", *overrides()]
     for flags, work in (
-        (["pretrain"], "pretrain 10 0"),  # 42 images in batches of 8, twice
-        (["finetune"], "finetune 30 0"),
+        (["pretrain"], "pretrain 20 0"),  # 84 images in batches of 8, twice
+        (["finetune"], "finetune 60 0"),
         (["finetune", "--freeze"], "finetune 1 0"),
     ):
         assert main([flags[0], str(tmp_path / "new"), *command, *flags[1:]]) == 0

@@ -16,9 +16,11 @@ from tritonclient.utils import InferenceServerException
 
 from entry.config import read_entry, write_entry
 from entry.runner import Runner
-from prg.classifier import Classifier, HeadConfig
+from prg.classifier import Head, HeadConfig
 from prg.encoder import Encoder, EncoderConfig
 from prg.export import Export, export
+from prg.extractor import Extractor, Familiarity
+from prg.fitting import fit_projection
 from prg.unet import PRESETS, UNet
 from service.engines.contract import (
     DeadlineExceeded,
@@ -31,7 +33,7 @@ from service.engines.triton import Replica, TritonEngine, translate_error
 from service.telemetry import Metrics
 from tests.real_triton.conftest import Serve
 from tests.real_triton.server import TritonServer
-from tests.tiny import tiny_fingerprint, write_tiny_entry
+from tests.tiny import tiny_digest, write_tiny_entry
 
 
 @asynccontextmanager
@@ -52,8 +54,8 @@ def job(
 
 async def infer(running: TritonEngine, asked: Job) -> dict[str, np.ndarray]:
     """Of the weights that are served."""
-    fingerprint = running.models()[asked.model].fingerprints[asked.version]
-    return await running.infer(replace(asked, fingerprint=fingerprint))
+    sha256 = running.models()[asked.model].modules[asked.version]
+    return await running.infer(replace(asked, sha256=sha256))
 
 
 def random_images(count: int, size: int = 32) -> np.ndarray:
@@ -69,10 +71,15 @@ def write_real_entry(directory: Path, head: bool) -> None:
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     encoder = Encoder(net, EncoderConfig(steps=2, layers=("input_blocks.1", "middle_block")))
-    model = Classifier(encoder, HeadConfig(3, "both")) if head else encoder
     image = read_entry(write_tiny_entry(directory.parent, "unused", size=16)).prg.image
-    facts = Export(image, 0.7, "hidden", {}, ("a", "b", "c") if head else None, (0.7,) if head else None)
-    export(model, facts, directory)
+    projection = fit_projection(torch.randn(100, encoder.hidden_dim))
+    with_head = (
+        Head(encoder, HeadConfig(3, ("state", "middle_block.std"))),
+        Familiarity(torch.randn(3, len(projection.scale))),
+    )
+    extractor = Extractor(encoder, image, projection, *(with_head if head else ()))
+    labels, levels = (("a", "b", "c"), (0.7,)) if head else (None, None)
+    export(extractor, Export(image, 0.7, "embedding", {}, None, labels, levels), directory)
 
 
 def test_both_engines_agree_on_every_feature_and_on_mixed_levels(serve: Serve, tmp_path: Path) -> None:
@@ -101,6 +108,23 @@ def test_both_engines_agree_on_every_feature_and_on_mixed_levels(serve: Serve, t
                     assert cosine.min() > tolerance.cosine, (name, output)
 
     asyncio.run(scene())
+
+
+def test_calls_one_after_the_other_do_not_stall(serve: Serve) -> None:
+    """With one instance up to a quarter of them would wait for Triton's timer of 500 ms."""
+    server = serve()
+
+    async def scene() -> list[float]:
+        loop, taken = asyncio.get_running_loop(), []
+        async with engine(server) as running:
+            for _ in range(150):
+                started = loop.time()
+                await infer(running, job("tiny", random_images(1), np.zeros(1), "EMBEDDING"))
+                taken.append(loop.time() - started)
+        return taken
+
+    stalled = [seconds for seconds in asyncio.run(scene()) if 0.4 < seconds < 0.7]
+    assert len(stalled) < 3, stalled
 
 
 def test_concurrent_requests_share_batches_in_triton(serve: Serve) -> None:
@@ -229,7 +253,7 @@ def test_answers_of_another_shape_than_promised_are_refused(serve: Serve, tmp_pa
     async def scene() -> None:
         async with engine(server) as running:
             with pytest.raises(
-                EngineUnavailable, match=r"HIDDEN as float32 \[1, 4\], promised float32 \[1, 7\]"
+                EngineUnavailable, match=r"HIDDEN as float32 \[1, 5\], promised float32 \[1, 7\]"
             ):
                 await infer(running, job("tiny", random_images(1), np.zeros(1), "HIDDEN"))
 
@@ -256,7 +280,7 @@ def test_what_the_caller_said_travels_along(serve: Serve, monkeypatch: pytest.Mo
             asked = Job(
                 "tiny",
                 "1",
-                tiny_fingerprint(),
+                tiny_digest(),
                 images,
                 np.zeros(1, np.float32),
                 ("STATE",),
@@ -292,16 +316,18 @@ def test_what_an_error_of_triton_means(status: str, text: str, kind: type[Except
     assert type(found) is kind
 
 
-def test_the_choice_of_an_address() -> None:
+def test_the_choice_of_an_address(tmp_path: Path) -> None:
     async def scene() -> None:
         running = TritonEngine(["a:1", "b:1", "c:1", "d:1"], None, Metrics())
         a, b, c, other = running._replicas
-        for replica, fingerprint in ((a, "x"), (b, "x"), (c, "x"), (other, "y")):
+        entry = read_entry(write_tiny_entry(tmp_path))
+        for replica, digest in ((a, "x"), (b, "x"), (c, "x"), (other, "y")):
             replica.seen = []
-            entry = type("Entry", (), {"fingerprint": lambda self, version, f=fingerprint: f})()
-            replica.models = {"m": ModelStatus("m", entry, ("1",))}
+            version = entry.prg.versions["1"].model_copy(update={"sha256": digest})
+            prg = entry.prg.model_copy(update={"versions": {"1": version}})
+            replica.models = {"m": ModelStatus("m", replace(entry, prg=prg), ("1",))}
         a.in_flight, b.in_flight, c.in_flight, other.in_flight = 3, 1, 2, 0
-        asked = replace(job("m", random_images(1), np.zeros(1)), fingerprint="x")
+        asked = replace(job("m", random_images(1), np.zeros(1)), sha256="x")
         assert running._choose(asked, []) is b  # not the idle one, whose weights are others
         assert running._choose(asked, [b]) is c
         b.failed(asyncio.get_running_loop().time())
@@ -311,7 +337,7 @@ def test_the_choice_of_an_address() -> None:
         b.seen = None
         assert running._choose(asked, []) is c
         with pytest.raises(EngineUnavailable, match="replaced"):
-            running._choose(replace(asked, fingerprint="z"), [])
+            running._choose(replace(asked, sha256="z"), [])
         await running.close()
 
     asyncio.run(scene())

@@ -65,6 +65,12 @@ def engine_of(client: TestClient) -> Any:
     return client.app.state.gateway.engine  # type: ignore[attr-defined]
 
 
+def rescan(client: TestClient) -> None:
+    """What SIGHUP does with the repository."""
+    assert client.portal is not None
+    client.portal.call(engine_of(client).rescan)
+
+
 def eventually(check: Any, seconds: float = 10) -> None:
     until = time.monotonic() + seconds
     while not check():

@@ -26,7 +26,7 @@ def b64(data: bytes) -> dict[str, str]:
     return {"b64": base64.b64encode(data).decode()}
 
 
-def hidden(colour: tuple[int, int, int], t_end: float) -> list[float]:
+def embedding(colour: tuple[int, int, int], t_end: float) -> list[float]:
     return [*(c / 255 for c in colour), t_end]
 
 
@@ -48,12 +48,26 @@ def test_embed_answers_in_the_order_of_the_input(client: TestClient) -> None:
     assert answer["model"] == "tiny"
     assert answer["model_version"] == "1"
     assert len(answer["fingerprint"]) == 12
-    assert (answer["feature"], answer["t_end"], answer["dim"]) == ("hidden", 0.8, 4)
+    assert (answer["feature"], answer["t_end"], answer["dim"]) == ("embedding", 0.8, 4)
     assert [item["index"] for item in answer["data"]] == [0, 1, 2]
     for item, colour in zip(answer["data"], (RED, GREEN, BLUE), strict=True):
         assert item.keys() == {"index", "embedding"}
-        assert item["embedding"] == pytest.approx(hidden(colour, 0.8))
+        assert item["embedding"] == pytest.approx(embedding(colour, 0.8))
     assert answer["usage"] == {"images": 3, "failed": 0}
+
+
+def test_each_feature_is_its_own_and_a_prefix_of_the_embedding_is_one_too(client: TestClient) -> None:
+    def vector(**options: Any) -> list[float]:
+        answer = client.post("/embed", files=files(png(GREEN)), data=options).json()
+        assert answer["dim"] == len(answer["data"][0]["embedding"])
+        return answer["data"][0]["embedding"]
+
+    assert vector(feature="hidden") == pytest.approx([*embedding(GREEN, 0.8), 1])
+    assert len(vector(feature="state")) == 768
+    assert vector(dimensions=2) == pytest.approx([0, 1])
+    assert vector(dimensions=3, t_end=0.5) == pytest.approx([0, 1, 0])
+    assert vector(t_end=0.5, normalize=True) == pytest.approx(np.array([0, 1, 0, 0.5]) / np.sqrt(1.25))
+    assert vector(t_end=0.5, normalize=True, dimensions=2) == pytest.approx([0, 1])
 
 
 def test_the_three_forms_of_input_agree(client: TestClient) -> None:
@@ -74,7 +88,7 @@ def test_the_three_forms_of_input_agree(client: TestClient) -> None:
 def test_base64_answers_are_little_endian_float32(client: TestClient) -> None:
     answer = client.post("/embed", files=files(png(GREEN)), params={"encoding_format": "base64"}).json()
     vector = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
-    assert vector == pytest.approx(hidden(GREEN, 0.8))
+    assert vector == pytest.approx(embedding(GREEN, 0.8))
 
 
 def test_a_vector_of_zeros_is_not_divided(client: TestClient) -> None:
@@ -99,7 +113,7 @@ def test_several_levels_at_once(client: TestClient, request_: dict[str, Any]) ->
         assert item.keys() == {"index", "embeddings"}
         for level, found in zip((0.5, 0.25, 1), item["embeddings"], strict=True):
             assert found["t_end"] == level
-            assert found["embedding"] == pytest.approx(hidden(colour, level))
+            assert found["embedding"] == pytest.approx(embedding(colour, level))
 
 
 def test_a_list_of_one_level_has_the_form_of_a_list(client: TestClient) -> None:
@@ -117,9 +131,18 @@ def test_classify(client: TestClient) -> None:
     assert sorted(p["class_id"] for p in item["predictions"]) == [0, 1, 2, 3]
     assert sum(p["probability"] for p in item["predictions"]) == pytest.approx(1)
     assert item["logits"] == pytest.approx([0, 10, 0, 8], abs=1e-5)
+    # softmax(logits / 2), and KNOWN is 0, above all held-out images
+    assert item["predictions"][0]["probability"] == pytest.approx(1 / (1 + 2 * np.exp(-5) + np.exp(-1)))
+    assert item["known"] == 1
     for p in item["predictions"]:
         assert p["label"] == LABELS[p["class_id"]]
         assert p["logit"] == item["logits"][p["class_id"]]
+
+
+def test_known_is_the_share_of_held_out_images_that_were_less_typical(client: TestClient) -> None:
+    reds = [0, 51, 102, 255]
+    answer = client.post("/classify", files=files(*(png((red, 0, 0)) for red in reds))).json()
+    assert [item["known"] for item in answer["data"]] == pytest.approx([1, 0.8, 0.6, 0], abs=1e-6)
 
 
 @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (4, 4), (1000, 4)])
@@ -139,7 +162,7 @@ def test_a_bad_image_spoils_no_other(client: TestClient) -> None:
     answer = client.post("/embed", files=files(png(RED), b"text", png(BLUE), png()[:50], b"")).json()
     EmbedAnswer.model_validate(answer)
     assert answer["usage"] == {"images": 5, "failed": 3}
-    assert answer["data"][2]["embedding"] == pytest.approx(hidden(BLUE, 0.8))
+    assert answer["data"][2]["embedding"] == pytest.approx(embedding(BLUE, 0.8))
     for index in (1, 3, 4):
         error = answer["data"][index]["error"]
         assert error.keys() == {"type", "title", "status", "detail"}
@@ -185,7 +208,7 @@ def test_npy(client: TestClient, t_end: float | list[float]) -> None:
     found = np.load(io.BytesIO(response.content))
     assert found.dtype == np.dtype("<f4")
     levels = t_end if isinstance(t_end, list) else [t_end]
-    expected = np.array([[hidden(colour, level) for level in levels] for colour in (RED, BLUE)])
+    expected = np.array([[embedding(colour, level) for level in levels] for colour in (RED, BLUE)])
     assert found == pytest.approx(expected if isinstance(t_end, list) else expected[:, 0])
     bad = client.post("/embed", json={"inputs": [b64(png()), b64(b"text")]}, headers=headers)
     problem(bad, 422)
@@ -223,7 +246,7 @@ def test_data_uris(client: TestClient) -> None:
         ("/embed", {"t_end": "nan"}, ["t_end"]),
         ("/embed", {"t_end": ["0.1"] * 9}, ["t_end", "up to 8"]),
         ("/embed", {"t_end": ["0.1", "2"]}, ["t_end"]),
-        ("/embed", {"feature": "pixels"}, ["feature", "'pixels'", "state or hidden"]),
+        ("/embed", {"feature": "pixels"}, ["feature", "'pixels'", "hidden or state"]),
         ("/embed", {"model": "other"}, ["'other'", "tiny"]),
         ("/embed", {"model": ""}, ["''", "tiny"]),
         ("/embed", {"model_version": "7"}, ["'7'", "there are: 1"]),
@@ -231,6 +254,9 @@ def test_data_uris(client: TestClient) -> None:
         ("/embed", {"encoding_format": "hex"}, ["encoding_format", "base64"]),
         ("/embed", {"top_k": "3"}, ["'top_k'", "allowed: model, model_version, t_end, feature"]),
         ("/embed", {"banana": "3"}, ["'banana'"]),
+        ("/embed", {"dimensions": "0"}, ["dimensions"]),
+        ("/embed", {"dimensions": "5"}, ["dimensions", "1 to 4"]),
+        ("/embed", {"dimensions": "2", "feature": "hidden"}, ["dimensions", "embedding"]),
         ("/embed", {"feature": ["state", "hidden"]}, ["feature", "twice"]),
         ("/classify", {"t_end": "0.3"}, ["t_end", "0.3", "0.8, 0.5"]),
         ("/classify", {"t_end": "1.5"}, ["t_end", "1.5", "0.8, 0.5"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from entry.config import read_entry, write_entry
 from entry.files import sha256
@@ -18,7 +19,7 @@ from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineU
 from service.engines.embedded import EmbeddedEngine, load
 from service.settings import Settings
 from service.telemetry import Metrics
-from tests.tiny import tiny_fingerprint, write_tiny_entry
+from tests.tiny import tiny_digest, write_tiny_entry
 
 
 class Gate:
@@ -69,7 +70,7 @@ def job(*levels: float, due: float = 1e12, priority: str = "interactive", versio
     return Job(
         "tiny",
         version,
-        tiny_fingerprint(version),
+        tiny_digest(version),
         images,
         np.array(levels, np.float32),
         ("HIDDEN",),
@@ -191,7 +192,7 @@ def test_a_job_that_the_model_can_not_take_fails_alone(tmp_path: Path) -> None:
             gate.open.set()
             right_one = job(0.1)
             wrong_size = replace(right_one, images=np.zeros((1, 3, 8, 8), np.uint8))
-            wrong_weights = replace(right_one, fingerprint="0" * 12)
+            wrong_weights = replace(right_one, sha256="0" * 64)
             wrong_output = replace(right_one, outputs=("NOTHING",))
             for wrong in (wrong_size, wrong_weights, wrong_output):
                 results = await asyncio.gather(
@@ -217,7 +218,7 @@ def test_weights_replaced_while_a_request_is_under_way_are_not_mixed(tmp_path: P
             await running.rescan()
             with pytest.raises(EngineUnavailable, match="replaced"):
                 await running.infer(before)
-            after = await running.infer(replace(before, fingerprint=tiny_fingerprint("2")))
+            after = await running.infer(replace(before, sha256=tiny_digest("2")))
             assert after["HIDDEN"][0, 3] == pytest.approx(0.51)
 
     asyncio.run(scene())
@@ -234,9 +235,9 @@ def test_the_strangest_entry_keeps_no_other_from_serving(tmp_path: Path, strange
     else:
 
         class Fussy(torch.nn.Module):
-            def forward(self, IMAGE: torch.Tensor, T_END: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 assert IMAGE.shape[0] == 1
-                return T_END.expand(1, 768), T_END.expand(1, 4)
+                return T_END.expand(1, 768), T_END.expand(1, 5), T_END.expand(1, 4)
 
         directory = write_tiny_entry(tmp_path, "strange", size=16, head=False)
         torch.jit.script(Fussy()).save(str(directory / "1" / "model.pt"))
@@ -319,6 +320,21 @@ def test_while_a_rescan_loads_the_models_say_so(tmp_path: Path, monkeypatch: pyt
             go_on.set()
             await rescan
             assert [(s.state, s.reason) for s in running.models().values()] == [("ready", None)] * 2
+
+    asyncio.run(scene())
+
+
+def test_a_bad_version_fails_alone(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(tmp_path) as (running, gate):
+            gate.open.set()
+            path = write_tiny_entry(tmp_path, size=16, versions=("1", "2", "3")) / "3" / "model.pt"
+            path.write_bytes(path.read_bytes()[:-1])
+            (path.parents[1] / "2" / "model.pt").unlink()
+            await running.rescan()
+            status = running.models()["tiny"]
+            assert (status.ready, status.versions) == (True, ("1",))
+            assert status.failed_versions.keys() == {"2", "3"}
 
     asyncio.run(scene())
 

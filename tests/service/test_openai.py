@@ -74,7 +74,8 @@ def test_the_openai_package(served: tuple[str, str]) -> None:
         ({"input": [1, 2]}, 400, "input"),
         ({"input": None}, 400, "input"),
         ({"banana": 1}, 400, "banana"),
-        ({"dimensions": 5}, 400, "has 4"),
+        ({"dimensions": 5}, 400, "dimensions"),
+        ({"dimensions": 3, "feature": "hidden"}, 400, "dimensions"),
         ({"encoding_format": "hex"}, 400, "encoding_format"),
         ({"t_end": [0.5]}, 400, "t_end"),
         ({"t_end": 2}, 400, "t_end"),
@@ -105,6 +106,12 @@ def test_the_models_own_dimensions_are_accepted(client: TestClient) -> None:
     answer = client.post("/v1/embeddings", json=asked).json()
     assert len(answer["data"][0]["embedding"]) == 768
     assert answer["usage"] == {"prompt_tokens": 0, "total_tokens": 0}
+
+
+def test_a_prefix_of_the_embedding(client: TestClient) -> None:
+    asked = {"model": "tiny", "input": encoded(), "dimensions": 3, "t_end": 0.5, "normalize": True}
+    answer = client.post("/v1/embeddings", json=asked).json()
+    assert answer["data"][0]["embedding"] == pytest.approx([1, 0, 0])
 
 
 def test_a_body_that_is_too_large_or_no_json(start: Start) -> None:

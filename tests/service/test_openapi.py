@@ -15,7 +15,7 @@ from entry.config import read_entry
 from service.app import create_app
 from service.auth import new_key
 from service.errors import PROBLEMS
-from service.openapi import FACTS
+from service.openapi import FINGERPRINTS
 from service.settings import Settings
 from tests.tiny import png, write_tiny_entry
 
@@ -221,7 +221,7 @@ WRONG: dict[str, dict[str, Any]] = {
 OPENAI_WRONG: dict[str, dict[str, Any]] = {
     "Body too large": {},
     "Malformed body": {"model": None},
-    "Wrong option": {"dimensions": 3},
+    "Wrong option": {"dimensions": 1000},
     "Unknown model": {"model": "other"},
     "Wrong header": {},
     "Content encoding not accepted": {},
@@ -291,4 +291,4 @@ def test_the_example_of_a_model_is_the_shipped_one(spec: dict[str, Any]) -> None
     measured = shipped.prg.versions[shipped.default_version].accuracy[0]
     for key in ("data", "images", "top1", "top5"):
         assert example["accuracy"][0][key] == getattr(measured, key)
-    assert FACTS["fingerprint"] == shipped.fingerprint(shipped.default_version)
+    assert shipped.fingerprints(shipped.default_version) == FINGERPRINTS

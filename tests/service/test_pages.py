@@ -34,7 +34,7 @@ def test_pages_need_no_key(client: TestClient, path: str) -> None:
     assert client.get("/models").status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/playground/samples/00.png", "/swagger/swagger-ui.css"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/playground/samples/black.png", "/swagger/swagger-ui.css"])
 def test_a_strict_policy_and_no_stale_files(client: TestClient, path: str) -> None:
     answer = client.get(path)
     policy = answer.headers["content-security-policy"]

@@ -32,8 +32,8 @@ def test_metrics_count_by_route_and_parse(client: TestClient) -> None:
     assert samples["prg_decode_seconds_count",] == 6
     assert samples["prg_model_ready", "tiny"] == 1
     assert samples["prg_queued_images",] == 0
-    fingerprint = client.post("/embed", files=IMAGE).json()["fingerprint"]
-    assert samples["prg_model_info", *sorted(("1", fingerprint, "tiny"))] == 1
+    encoder, model = (client.post(r, files=IMAGE).json()["fingerprint"] for r in ("/embed", "/classify"))
+    assert samples["prg_model_info", *sorted(("1", encoder, model, "tiny"))] == 1
     assert "some-name" not in text
     assert "my/own" not in text
 

@@ -1,0 +1,113 @@
+"""What a training ends with: the projection, class means and calibration, fitted on its own images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entry.config import Calibration, ImageSpec
+from prg.checkpoint import FittedOn
+from prg.classifier import Head
+from prg.console import note, track
+from prg.encoder import Encoder
+from prg.errors import FittingError
+from prg.extractor import Familiarity, Projection
+from prg.fitting import calibrate, fit_familiarity, fit_projection
+from prg.images.augmentation import normalise
+from prg.images.sets import Images, sample_evenly
+from prg.recipe import Recipe
+
+BATCH = 128
+MOST = 4000
+"""Images that the projection and the class means are fitted to, at most."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted, and to what; all None where there are too few images."""
+
+    projection: Projection | None = None
+    on: FittedOn | None = None
+    familiarity: Familiarity | None = None
+    calibration: Calibration | None = None
+
+
+@torch.no_grad()
+def fit(
+    encoder: Encoder,
+    image: ImageSpec,
+    t_end: float,
+    images: Images,
+    head: Head | None = None,
+    level: float = 1.0,
+    held_out: Images | None = None,
+) -> Fitted:
+    """The projection at t_end; for a head that is asked at `level` class means, and a calibration on images held out.
+
+    Raises FittingError.
+    """
+    some = sample_evenly(images, MOST)
+    _, hidden = features(encoder, image, some.pixels, t_end, "fitting the embedding")
+    projection = fit_projection(hidden).to(hidden.device)
+    on = FittedOn(images=len(some), t_end=t_end)
+    if head is None:
+        return Fitted(projection, on)
+    if level != t_end:
+        _, hidden = features(encoder, image, some.pixels, level, "fitting class means")
+    familiarity = fit_familiarity(projection(hidden), labels_of(some, hidden), len(images.classes))
+    if held_out is None:
+        return Fitted(projection, on, familiarity)
+    state, hidden = features(encoder, image, held_out.pixels, level, "calibrating")
+    logits, known = head(state, hidden), familiarity(projection(hidden))[:, 0]
+    assert held_out.labels is not None
+    calibration = calibrate(logits.cpu().numpy(), held_out.labels, known.cpu().numpy())
+    return Fitted(projection, on, familiarity, calibration)
+
+
+def fit_if_enough(
+    encoder: Encoder, recipe: Recipe, images: Images, head: Head | None = None, held_out: Images | None = None
+) -> Fitted:
+    """The same for a training, which nothing is lost of where there are too few images: a note says so."""
+    try:
+        return fit(
+            encoder,
+            recipe.image.spec,
+            recipe.serve.t_end,
+            images,
+            head,
+            recipe.finetune.t_end[0],
+            held_out,
+        )
+    except FittingError as error:
+        note(f"no embedding: {error}")
+        return Fitted()
+
+
+def labels_of(images: Images, like: Tensor) -> Tensor:
+    """Labels as a tensor, on the device of another."""
+    assert images.labels is not None
+    return torch.from_numpy(images.labels).to(like.device)
+
+
+@torch.no_grad()
+def features(
+    encoder: Encoder, image: ImageSpec, pixels: np.ndarray, level: float, title: str, mirrored: bool = False
+) -> tuple[Tensor, Tensor]:
+    """STATE [N, 768] and HIDDEN [N, D_h] of pixels uint8 [N, 3, S, S], on the encoder's device."""
+    device = next(encoder.parameters()).device
+    parts = []
+    with track(title, len(pixels)) as bar:
+        for block in blocks(pixels):
+            x = normalise(torch.from_numpy(block).to(device), image.mean, image.std)
+            parts.append(encoder(x.flip(3) if mirrored else x, x.new_full((len(x),), level)))
+            bar.advance(len(x))
+    states, hiddens = zip(*parts, strict=True)
+    return torch.cat(states), torch.cat(hiddens)
+
+
+def blocks(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows, so many at a time."""
+    for start in range(0, len(pixels), BATCH):
+        yield np.ascontiguousarray(pixels[start : start + BATCH])

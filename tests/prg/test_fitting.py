@@ -1,0 +1,116 @@
+"""What is fitted to an encoder: the projection, class means, the calibration."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from entry.vectors import unit_length
+from prg.errors import FittingError
+from prg.fitting import calibrate, fit_familiarity, fit_projection, principal, temperature
+from prg.images.sets import Images, sample_evenly
+
+
+def correlated(n: int, dim: int) -> Tensor:
+    """Features of very different sizes, each a mixture of a few causes, all of them positive."""
+    generator = torch.Generator().manual_seed(0)
+    causes = torch.randn(n, 24, generator=generator) * torch.linspace(3, 0.1, 24)
+    mixed = causes @ torch.randn(24, dim, generator=generator) + 0.05 * torch.randn(
+        n, dim, generator=generator
+    )
+    return 50 + mixed * torch.logspace(-3, 2, dim)
+
+
+@pytest.mark.parametrize(("n", "dim", "length"), [(400, 40, 40), (4000, 300, 256), (100, 300, 25)])
+def test_an_embedding_has_uncorrelated_numbers_each_with_the_root_of_its_spread(
+    n: int, dim: int, length: int
+) -> None:
+    hidden = correlated(n, dim)
+    found = fit_projection(hidden)(hidden).double()
+    assert found.shape == (n, length)
+    assert float(found.mean(0).abs().max()) < 1e-2
+    variance = found.var(0, correction=0)
+    _, expected = principal(((hidden - hidden.mean(0)) / hidden.std(0, correction=0)).double(), length)
+    assert torch.allclose(variance[:20], expected[:20].sqrt(), rtol=0.02)
+    correlation = torch.corrcoef(found[:, :20].t()) - torch.eye(20)
+    assert float(correlation.abs().max()) < 0.02
+
+
+def test_directions_are_those_of_most_variance_with_the_largest_component_positive() -> None:
+    x = torch.randn(500, 30, generator=torch.Generator().manual_seed(1)).double()
+    x = x * torch.linspace(1, 4, 30)
+    x = x - x.mean(0)
+    directions, variances = principal(x, 5)
+    assert torch.allclose((x @ directions.t()).var(0, correction=0), variances)
+    assert bool((variances.diff() <= 0).all())
+    assert bool((directions.gather(1, directions.abs().argmax(1, keepdim=True)) > 0).all())
+    # by the matrix of images, as where there are more numbers than images
+    few, spread = principal(torch.cat([x, torch.zeros(500, 600)], 1).double(), 5)
+    assert torch.allclose(few[:, :30], directions, atol=1e-8)
+    assert torch.allclose(spread, variances)
+
+
+def test_whole_numbers_of_8_bits_hardly_turn_a_vector() -> None:
+    turn, _ = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0)))
+    hidden = torch.randn(4000, 300) * torch.logspace(1, -1, 300) @ turn
+    projection = fit_projection(hidden)
+    x = (hidden - hidden.mean(0)) / hidden.std(0, correction=0)
+    directions, variances = principal(x.double(), 256)
+    exact = (x.double() @ directions.t() / variances.sqrt().sqrt()).numpy()
+    cosine = (unit_length(exact) * unit_length(projection(hidden).numpy())).sum(1)
+    assert cosine.min() > 0.999
+
+
+def test_what_is_constant_is_left_out() -> None:
+    hidden = correlated(200, 30)
+    hidden[:, 3], hidden[:, 7] = 5.0, 0.0
+    projection = fit_projection(hidden)
+    moved = hidden.clone()
+    moved[:, 3] += 100
+    assert torch.equal(projection(moved), projection(hidden))
+    assert bool(projection(hidden).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "features", [torch.randn(63, 10), torch.full((100, 10), 0.3), torch.full((100, 10), np.nan)]
+)
+def test_what_no_embedding_can_be_fitted_to_is_refused(features: Tensor) -> None:
+    with pytest.raises(FittingError):
+        fit_projection(features)
+
+
+def test_known_is_minus_the_distance_to_the_nearest_class_mean() -> None:
+    embedding = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 1.0]])
+    familiarity = fit_familiarity(embedding, torch.tensor([0, 0, 2]), 3)
+    known = familiarity(torch.tensor([[1.0, 3.0], [10.0, 1.0]]))
+    assert known.flatten().tolist() == pytest.approx([-3, 0], abs=1e-3)
+
+
+@pytest.mark.parametrize("right", [0.4, 1.0, 3.0])
+def test_the_temperature_is_the_one_that_the_labels_were_drawn_by(right: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (20_000, 5))
+    shares = np.exp(logits / right)
+    labels = np.array([rng.choice(5, p=p / p.sum()) for p in shares])
+    assert temperature(logits, labels) == pytest.approx(right, rel=0.05)
+
+
+def test_a_head_that_is_never_wrong_has_the_least_temperature() -> None:
+    assert temperature(np.eye(3) * 9, np.arange(3)) == pytest.approx(1 / 50)
+
+
+def test_quantiles_of_known() -> None:
+    found = calibrate(np.eye(2)[[0, 1] * 50], np.array([0, 1] * 50), np.linspace(-3, -1, 100))
+    assert (found.images, len(found.known_quantiles)) == (100, 101)
+    assert found.known_quantiles[::50] == pytest.approx((-3, -2, -1))
+
+
+def test_a_sample_has_as_many_of_each_class_while_they_last() -> None:
+    labels = np.repeat([0, 1, 2], [5, 50, 100])
+    rows = np.arange(155)
+    images = Images(
+        rows[:, None, None, None].astype(np.uint8), labels, ("a", "b", "c"), rows.astype(np.uint64)
+    )
+    some = sample_evenly(images, 45)
+    assert np.bincount(some.labels).tolist() == [5, 20, 20]  # type: ignore[arg-type]
+    assert np.array_equal(np.unique(some.keys), some.keys)

@@ -1,0 +1,152 @@
+"""An entry made of an entry: of this format, and of the one before."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from google.protobuf import text_format
+from torch import Tensor, nn
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from workshop import image_folder, trained_run
+
+from entry.config import EntryError, OldFormatError, read_entry
+from entry.files import sha256
+from entry.runner import Runner
+from prg.cli import main
+from prg.extractor import Normalise
+from prg.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("data") / "photos", each=40)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    return trained_run(tmp_path_factory.mktemp("run") / "run", photos)
+
+
+def outputs(entry: Path, *names: str) -> list[np.ndarray]:
+    """Of the entry's module for the same random images."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), np.uint8)
+    found = Runner(entry).run(images, np.full(4, 0.8, np.float32))
+    return [found[name] for name in names]
+
+
+def test_an_entry_of_an_entry_has_its_logits_and_another_embedding(
+    run: Path, photos: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert main(["export", str(run), str(old)]) == 0
+    others = image_folder(tmp_path / "others", each=60, seed=9)
+    assert main(["export", str(old), str(new), "--data", str(others)]) == 0
+    before, after = (
+        outputs(old, "LOGITS", "HIDDEN", "EMBEDDING"),
+        outputs(new, "LOGITS", "HIDDEN", "EMBEDDING"),
+    )
+    for a, b in zip(before[:2], after[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(before[2][:, :5], after[2][:, :5], rtol=0.01)
+    first, second = (read_entry(entry).prg.versions["1"] for entry in (old, new))
+    assert first.encoder != second.encoder
+    assert (second.held_out, second.training["history"]) == (first.held_out, first.training["history"])
+    assert second.calibration is not None
+    assert second.training["fitted_on"]["images"] < 180
+
+
+def test_images_it_needs_and_what_they_must_be(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert main(["export", str(run), str(old)]) == 0
+    few = image_folder(tmp_path / "few", each=3, splits=("train",))
+    plain = photos / "train" / "red"
+    for data, named in (
+        ([], "--data"),
+        (["--data", str(few)], "at least 10"),
+        (["--data", str(plain)], "no labels"),
+    ):
+        capsys.readouterr()
+        assert main(["export", str(old), str(new), *data]) == 1
+        assert named in capsys.readouterr().err.splitlines()[-1]
+        assert not new.exists()
+
+
+class OldClassifier(nn.Module):
+    """As format 1 had it: the head reads both, and HIDDEN is the means of the middle block."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.input = "both"
+
+
+class OldExtractor(nn.Module):
+    def __init__(self, classifier: OldClassifier, normalise: Normalise, width: int) -> None:
+        super().__init__()
+        self.classifier, self.normalise, self.width = classifier, normalise, width
+
+    def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state, hidden = self.classifier.encoder(self.normalise(IMAGE), T_END.flatten())
+        means = hidden[:, -2 * self.width : -self.width]
+        return state, means, self.classifier.head(state, hidden)
+
+
+def old_entry(run: Path, directory: Path) -> Path:
+    """The run's model as an entry of format 1."""
+    assert main(["export", str(run), str(directory)]) == 0
+    extractor, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
+    classifier = OldClassifier(extractor.encoder, extractor.head)  # type: ignore[arg-type]
+    old = OldExtractor(classifier, extractor.normalise, extractor.encoder.widths["middle_block.mean"])
+    path = directory / "1" / "model.pt"
+    torch.jit.script(old.eval()).save(str(path))
+    config = text_format.Parse((directory / "config.pbtxt").read_text(), ModelConfig())
+    table = json.loads(config.parameters["prg"].string_value)
+    table["format"], table["feature"], table["image"]["preprocessing"] = 1, "hidden", "v1"
+    dim = extractor.encoder.widths["middle_block.mean"]
+    table["features"] = {"state": {"dim": 768}, "hidden": {"dim": dim, "layers": ["middle_block"]}}
+    version = table["versions"]["1"]
+    training = version["training"] | {"held_out": version["held_out"]}
+    for key in ("network", "head_input", "fitted_on"):
+        del training[key]
+    table["versions"]["1"] = {"sha256": sha256(path), "training": training, "accuracy": []}
+    config.parameters["prg"].string_value = json.dumps(table)
+    (directory / "config.pbtxt").write_text(text_format.MessageToString(config))
+    return directory
+
+
+def test_an_entry_of_format_1_is_refused_and_made_anew(run: Path, photos: Path, tmp_path: Path) -> None:
+    old, new = old_entry(run, tmp_path / "old"), tmp_path / "new"
+    with pytest.raises(OldFormatError, match="prg export OLD NEW --data"):
+        read_entry(old)
+    module = torch.jit.load(str(old / "1" / "model.pt"))
+    assert main(["export", str(old), str(new), "--data", str(photos)]) == 0
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), np.uint8)
+    with torch.inference_mode():
+        logits = module(torch.from_numpy(images), torch.full((4, 1), 0.8))[2].numpy()
+    np.testing.assert_allclose(outputs(new, "LOGITS")[0], logits, rtol=1e-5, atol=1e-6)
+    made, direct = tmp_path / "new", tmp_path / "direct"
+    assert main(["export", str(run), str(direct)]) == 0
+    np.testing.assert_allclose(*(outputs(e, "HIDDEN")[0] for e in (made, direct)), rtol=1e-5, atol=1e-6)
+    assert read_entry(new).prg.features == read_entry(direct).prg.features
+
+
+def test_gone_versions_are_dropped_and_old_ones_pruned(run: Path, tmp_path: Path) -> None:
+    entry = tmp_path / "mine"
+    for _ in range(3):
+        assert main(["export", str(run), str(entry)]) == 0
+    (entry / "2" / "model.pt").unlink()
+    (entry / "2").rmdir()
+    with pytest.raises(EntryError, match="missing"):
+        Runner(entry, "2")
+    assert main(["export", str(run), str(entry)]) == 0
+    assert sorted(read_entry(entry).prg.versions) == ["1", "3", "4"]
+    assert main(["export", str(run), str(entry), "--prune", "2"]) == 0
+    assert (
+        sorted(read_entry(entry).prg.versions)
+        == ["4", "5"]
+        == sorted(p.parent.name for p in entry.glob("*/*.pt"))
+    )
