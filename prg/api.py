@@ -41,6 +41,11 @@ class Model:
     image: ImageSpec
     labels: tuple[str, ...]
 
+    @property
+    def encoder(self) -> Any:
+        """What reverses; its network is `encoder.net`, where that is not scripted."""
+        return self.extractor.encoder
+
     def images(self, files: Sequence[str | Path | bytes]) -> Tensor:
         """Files or their bytes, preprocessed as they are when served, normalised: [B, 3, S, S]."""
         read = [f if isinstance(f, bytes) else Path(f).read_bytes() for f in files]
@@ -65,11 +70,11 @@ class Model:
     def trajectory(self, x: Tensor, levels: Sequence[float]) -> Tensor:
         """Whole states at several levels, each by the model's own solve: [L, B, 3, S, S]. Raises ValueError."""
         self._check(x, torch.tensor(levels))
-        return torch.stack([self.extractor.encoder.reverse(x, _levels(x, level))[0] for level in levels])
+        return torch.stack([self.encoder.reverse(x, _levels(x, level))[0] for level in levels])
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
         """v(x, t), to integrate in one's own way: `prg.solver.integrate(model.velocity, x, 1.0, 0.5, steps=20)`."""
-        out: Tensor = self.extractor.encoder.solver.velocity(x, _levels(x, t))
+        out: Tensor = self.encoder.solver.velocity(x, _levels(x, t))
         return out
 
     def _check(self, x: Tensor, levels: float | Tensor) -> None:

@@ -74,7 +74,7 @@ function bar({ label, probability }) {
 function typical(known) {
   if (known === undefined) return "";
   if (known < 0.01) return "Unlike the pictures that these classes were learned from: better not believe it.";
-  return `${Math.round(known * 100)} % of such pictures are less typical of these classes.`;
+  return `Of pictures of these classes, ${Math.round(known * 100)} % are less typical than this one.`;
 }
 
 /** What these classes can't say, in plain words. */
