@@ -141,7 +141,7 @@ def test_answers_are_those_of_the_embedded_engine(stack: Stack) -> None:
     prg = runner.entry.prg
     images = np.stack([load_image(data, prg.image) for data in photos[:64]])
     for k, level in enumerate((0.8, 0.3)):
-        expected = runner.run(images, np.full(64, level, np.float32))["HIDDEN"]
+        expected = runner.run(images, np.full(64, level, np.float32))["EMBEDDING"]
         found = np.array([item["embeddings"][k]["embedding"] for item in answer["data"]])
         assert (np.abs(found - expected).max(1) / np.abs(expected).max(1)).max() < prg.tolerance.relative
     assert httpx.post(f"{stack.gateway}/classify", files=files[:1]).status_code == 200
