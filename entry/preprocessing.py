@@ -24,8 +24,8 @@ SIDEWAYS, FROM_RIGHT, FROM_BOTTOM = {5, 6, 7, 8}, {2, 3, 6, 7}, {3, 4, 7, 8}
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Colour space -> the Pillow mode in which a profile is applied to it."""
 REDUCE_TO = 4
-"""Times `resize` that a reduced JPEG has on its shorter side, at least. Large photographs differ by 2 grey levels at
-most from those decoded whole; of 500 to 800 pixels and sharp by 5, where twice `resize` would make it 10."""
+"""Times `resize` that a reduced JPEG has on its shorter side, at least. The result differs by 1 to 5 grey levels at
+most from that of the whole picture; with twice `resize` it would be 10 for small sharp ones."""
 STRIP_ROWS = 64
 SRGB = ImageCms.createProfile("sRGB")
 PROBE = Image.fromarray(

@@ -33,6 +33,7 @@ from entry.config import (
 )
 from entry.files import sha256, write_atomically
 from entry.runner import Runner
+from prg.console import note
 from prg.encoder import STATE_DIM
 from prg.errors import ExportError
 from prg.extractor import Extractor
@@ -78,7 +79,7 @@ def export(extractor: Extractor, facts: Export, directory: Path) -> str:
     prepare(extractor, facts)
     wanted = _describe(extractor, facts)
     existing = _existing(directory, wanted)
-    version = str(1 + max((int(v) for v in existing.keys() | version_folders(directory)), default=0))
+    version = _next_version(directory)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=_made(directory.parent)) as temporary:
         staged = Path(temporary) / directory.name
         path = staged / version / "model.pt"
@@ -267,6 +268,14 @@ def _describe(extractor: Extractor, facts: Export) -> Prg:
     )
 
 
+def _next_version(directory: Path) -> str:
+    """A number that no version had, not even one that is gone."""
+    known = version_folders(directory)
+    if (directory / "config.pbtxt").exists():
+        known |= read_entry(directory).prg.versions.keys()
+    return str(1 + max(map(int, known), default=0))
+
+
 def _existing(directory: Path, wanted: Prg) -> dict[str, Version]:
     """The versions in `directory`, if there is an entry, and this can be a version of it."""
     if not (directory / "config.pbtxt").exists():
@@ -284,6 +293,8 @@ def _existing(directory: Path, wanted: Prg) -> dict[str, Version]:
             f"{directory}: versions of one entry share everything but their weights, and these differ: "
             f"{'; '.join(changed)}. Export under a new name"
         )
+    if gone := sorted(there.prg.versions.keys() & there.failed_versions.keys(), key=int):
+        note(f"{directory}: version {', '.join(gone)} is gone, and listed no longer")
     return {v: there.prg.versions[v] for v in there.usable_versions}
 
 

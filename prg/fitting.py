@@ -18,7 +18,9 @@ LARGEST = 256
 """Numbers of an embedding, at most."""
 IMAGES_A_NUMBER = 4
 SHARPEST, FLATTEST = 1 / 50, 50.0
-"""Temperatures, at least and at most: the best one of a head that is never wrong would be 0."""
+"""Temperatures, at least and at most."""
+LEAST_VARIANCE = 1e-6
+"""Of a direction, beside the first one's: what is below is rounding, and is left out."""
 
 
 def fit_projection(hidden: Tensor) -> Projection:
@@ -39,11 +41,11 @@ def fit_projection(hidden: Tensor) -> Projection:
         raise FittingError("the features of all images are the same: give images that differ")
     inverse_std = torch.where(moves, 1 / std, 0.0)
     directions, variances = principal((x - mean) * inverse_std, min(LARGEST, dim, n // IMAGES_A_NUMBER))
-    # A direction without variance stays without: it is not blown up.
-    spread = variances.clamp(min=1e-9 * float(variances[0])).sqrt()
+    spread = variances.clamp(min=LEAST_VARIANCE * float(variances[0])).sqrt()
     largest = directions.abs().amax(1, keepdim=True)
     whole = (directions / largest * 127).round().to(torch.int8)
     scale = largest[:, 0] / 127 / spread.sqrt()
+    scale[variances <= LEAST_VARIANCE * variances[0]] = 0
     return Projection(mean.float(), inverse_std.float(), whole, scale.float())
 
 
@@ -80,14 +82,16 @@ def calibrate(logits: np.ndarray, labels: np.ndarray, known: np.ndarray) -> Cali
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T for which softmax(logits / T) has the least cross-entropy (Guo et al. 2017).
 
-    Cross-entropy is convex in 1 / T, so its slope is followed to its one zero.
+    Cross-entropy is convex in 1 / T, so its slope is followed to its one zero. One more label is counted, that is every
+    class in equal parts: a few images that are all right are no reason to be certain (as Platt 1999 has it).
     """
     exact = logits.astype(np.float64)
     centred = exact - exact[np.arange(len(labels)), labels][:, None]
+    any_class = centred.mean(1) / (len(labels) + 1)
 
     def slope(inverse: float) -> float:
         weights = np.exp(inverse * (centred - centred.max(1, keepdims=True)))
-        return float(((weights * centred).sum(1) / weights.sum(1)).mean())
+        return float(((weights * centred).sum(1) / weights.sum(1) - any_class).mean())
 
     low, high = np.log(1 / FLATTEST), np.log(1 / SHARPEST)
     for _ in range(60):

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from entry.config import Prg
-from prg.errors import ExportError, FittingError
-from prg.export import LEVELS, Export, Precision, export, relative_difference
+from prg.console import note
+from prg.errors import DataError, ExportError, FittingError
+from prg.export import DTYPES, LEVELS, Export, Precision, export, relative_difference
 from prg.extractor import Extractor
 from prg.images.decoded import load_split
 from prg.images.held_out import hold_out
@@ -33,23 +34,29 @@ def reexport(
     Raises EntryError, DataError, FittingError, ExportError.
     """
     opened = reopen(old)
-    prg, version, encoder = opened.entry.prg, opened.version, opened.extractor.encoder
+    prg, version = opened.entry.prg, opened.version
+    encoder, head = opened.extractor.encoder, opened.extractor.head
     images, held_out = _images(source, prg)
-    if version.held_out:
+    if head is not None and version.held_out:
         images, held_out = hold_out(images, version.held_out, "name the images that the model was trained on")
-    head, levels = opened.extractor.head, prg.classify_t_end or (prg.t_end,)
+    levels = prg.classify_t_end or (prg.t_end,)
     try:
         fitted = fit(encoder, prg.image, prg.t_end, images, head, levels[0], held_out)
     except FittingError as error:
         raise FittingError(f"{source}: {error}") from None
     extractor = Extractor(encoder, prg.image, fitted.projection, head, fitted.familiarity)
+    if head is not None and fitted.calibration is None:
+        note(
+            "no calibration: the entry held no images out, and there is no validation split; /classify has no `known`"
+        )
+    encoder.net.to(DTYPES[prg.precision])
     _prove_same_logits(opened, extractor)
     assert fitted.on is not None
     about = {"fitted_on": fitted.on.model_dump(mode="json")}
     described = Export(
         image=prg.image,
         t_end=prg.t_end,
-        feature="embedding",
+        feature=prg.feature if prg.features.embedding else "embedding",
         training=version.training | about | ({"head_input": opened.head_input} if head else {}),
         held_out=version.held_out,
         labels=prg.labels,
@@ -71,9 +78,18 @@ def _images(source: str, prg: Prg) -> tuple[Images, Images | None]:
             images = load_split(found[split], prg.image, Path(cache))
         return images.unlabelled() if prg.labels is None else same_classes(images, prg.labels, source)
 
+    def load_training(split: str) -> Images:
+        images = load(split)
+        seen = set() if images.labels is None else set(images.labels.tolist())
+        if lacking := [name for i, name in enumerate(images.classes) if i not in seen]:
+            raise DataError(
+                f"{source}: no images of {', '.join(lacking)}, which the head knows; add some of each class"
+            )
+        return images
+
     train = choose_split(found, "train", source)
     others = [name for name in found if name != train and standard_name(name) == "validation"]
-    return load(train), load(others[0]) if others else None
+    return load_training(train), load(others[0]) if others else None
 
 
 def _prove_same_logits(opened: Reopened, extractor: Extractor) -> None:

@@ -77,6 +77,8 @@ def reopen(directory: Path) -> Reopened:
             for key in OLD_INPUTS[module.classifier.input]
             for name in (means if key == "middle" else [key])
         )
+    if not reads:
+        raise EntryError(f"{directory}: does not say what its head reads; export it from its run")
     kind: HeadKind = "mlp" if "head.classifier.3.weight" in tensors else "linear"
     head = Head(encoder, HeadConfig(len(prg.labels), reads, kind))
     head.load_state_dict(part(tensors, "head"))

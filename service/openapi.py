@@ -17,7 +17,8 @@ IMAGE = (
     "P4TLAAAiuQLM6GamBAAAAABJRU5ErkJggg=="
 )
 DATA_URI = f"data:image/png;base64,{IMAGE}"
-NUMBERS = [5.128, -3.499, -86.516, 9.579]
+NUMBERS = [2.795, -0.849, -1.832, 0.571]
+LAYERS = (*(f"input_blocks.{i}" for i in range(6)), "middle_block")
 BROKEN = schemas.ProblemBody(**errors.problem_body(errors.NOT_AN_IMAGE, errors.NOT_AN_IMAGE.when))
 SHIP = schemas.Prediction(label="ship", class_id=8, probability=0.917, logit=4.375)
 PLANE = schemas.Prediction(label="airplane", class_id=0, probability=0.017, logit=0.409)
@@ -57,7 +58,7 @@ MODEL = schemas.ModelInfo(
     t_end=0.8,
     features=Features(
         state=StateFeature(dim=768),
-        hidden=HiddenFeature(dim=512, layers=("middle_block",), pooling=("mean", "std")),
+        hidden=HiddenFeature(dim=1920, layers=LAYERS, pooling=("mean", "std")),
         embedding=EmbeddingFeature(dim=256),
     ),
     labels=["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],

@@ -19,7 +19,6 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--stage",
         choices=("finetune", "pretrain"),
-        default="finetune",
         help="pretrain: an entry without head, for /embed alone (default: finetune)",
     )
     sub.add_argument(
@@ -45,26 +44,27 @@ def add(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    how = (arguments.compact, arguments.prune)
-    if (arguments.source / "config.pbtxt").is_file():
-        version = _from_entry(arguments, how)
+    from prg.errors import DataError
+
+    source, target, how = arguments.source, arguments.entry, (arguments.compact, arguments.prune)
+    if (source / "config.pbtxt").is_file():
+        from prg.reexport import reexport
+
+        if arguments.stage:
+            raise DataError(f"{source}: an entry, which has one model; --stage is for a run")
+        if not arguments.data:
+            raise DataError(f"{source}: an entry; say with --data which images to fit the embedding to")
+        version = reexport(source, target, arguments.data, arguments.precision, *how)
     else:
         from prg.publish import publish
         from prg.training.run import open_run
 
-        run = open_run(arguments.source)
-        version = publish(run, arguments.stage, arguments.entry, arguments.precision or "fp32", *how)
-    path = arguments.entry / version / "model.pt"
+        if arguments.data:
+            raise DataError(f"{source}: a run, whose embedding is fitted already; --data is for an entry")
+        run = open_run(source)
+        version = publish(run, arguments.stage or "finetune", target, arguments.precision or "fp32", *how)
+    path = target / version / "model.pt"
     print(f"exported: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-
-
-def _from_entry(arguments: argparse.Namespace, how: tuple[bool, int | None]) -> str:
-    from prg.errors import DataError
-    from prg.reexport import reexport
-
-    if not arguments.data:
-        raise DataError(f"{arguments.source}: an entry; say with --data which images to fit the embedding to")
-    return reexport(arguments.source, arguments.entry, arguments.data, arguments.precision, *how)
 
 
 def _positive(text: str) -> int:

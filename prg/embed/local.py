@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from entry.errors import EntryError
 from entry.images import ImageError, load_image
 from entry.runner import Runner
 from entry.vectors import unit_length
@@ -29,6 +30,8 @@ class Local:
         entry, prg = self._runner.entry, self._runner.entry.prg
         self._t_end = prg.t_end if t_end is None else t_end
         self._feature = feature or prg.feature
+        if self._feature.upper() not in entry.outputs():
+            raise EntryError(f"{directory}: has no {self._feature}; there are: hidden, state")
         self._normalize = normalize
         self._pool = ThreadPoolExecutor()
         self.identity = {

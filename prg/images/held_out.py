@@ -41,6 +41,17 @@ def hold_out(
     return images.subset(order[~held[order]]), images.subset(order[held[order]])
 
 
+def never_trained_on(held_out: Images, before: float | None) -> Images | None:
+    """Those that earlier trainings, which held out the share `before`, were not trained on either; None for none.
+
+    Where `before` is not known they are taken for all.
+    """
+    if before is None:
+        return held_out
+    index = np.flatnonzero(held_out.keys / 2.0**64 < before)
+    return held_out.subset(index) if len(index) else None
+
+
 def is_held_out(images: Images, share: float, remedy: str = "") -> np.ndarray:
     """Which of the images are: bool [N].
 

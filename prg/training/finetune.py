@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prg.classifier import Classifier
-from prg.console import is_main_process
+from prg.console import is_main_process, note
 from prg.errors import CheckpointError
 from prg.images.augmentation import augment, mix, normalise
-from prg.images.held_out import hold_out
+from prg.images.held_out import hold_out, never_trained_on
 from prg.images.sets import Images
 from prg.machine import choose_device, training_precision
 from prg.paths import PATHS, flow_matching_loss
@@ -49,10 +49,15 @@ def finetune(run: Run, init: Path | None = None) -> None:
         trained = not_begun(images, 1, "fp32", device)
         facts = run.first_facts("finetune", trained, images, start)
         projection = start.projection_for(model.encoder, recipe.serve.t_end) if start else None
+        if start and start.fitted.projection and not projection:
+            note(
+                "another solve or level than that of --init: the embedding is fitted anew, and is not comparable"
+            )
         processes.on_main_process(lambda: fit_head(run, model, images, facts, device, projection))
         return
     before = start.held_out if start and run.evaluated == run.sources[0] else None
     images, held_out = hold_out(images, recipe.data.validation, before=before)
+    unseen = never_trained_on(held_out, start.held_out) if start else held_out
     precision = training_precision(config.precision, device)
     announce(images, held_out)
     if config.compile:
@@ -70,7 +75,7 @@ def finetune(run: Run, init: Path | None = None) -> None:
         checkpoint=run.finetuned,
         device=device,
         begun=run.remember,
-        fit=lambda m: fit_if_enough(m.encoder, recipe, images, m.head, held_out),  # type: ignore[arg-type]
+        fit=lambda m: fit_if_enough(m.encoder, recipe, images, m.head, unseen),  # type: ignore[arg-type]
     )
     drawn = is_complete(job.checkpoint) and (job.folder / "curves.png").exists()
     train(job)

@@ -76,8 +76,8 @@ def while_loading(models: Mapping[str, ModelStatus], loading: Collection[str]) -
         if status and status.ready:
             seen[name] = replace(status, reason=RELOADING)
         else:
-            entry = status.entry if status else None
-            seen[name] = ModelStatus(name, entry, reason="it is being loaded", state="loading")
+            status = status or ModelStatus(name, None)
+            seen[name] = replace(status, reason="it is being loaded", state="loading")
     return dict(sorted(seen.items()))
 
 

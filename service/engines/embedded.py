@@ -99,7 +99,8 @@ class EmbeddedEngine:
         try:
             if isinstance(found, EntryError):
                 raise found
-            failed = dict(found.failed_versions)
+            chosen = self._chosen.get(found.name) if self._chosen else None
+            failed = {v: r for v, r in found.failed_versions.items() if chosen is None or v in chosen}
             for version in self._versions(found):
                 try:
                     batchers[version] = await self._batcher(before, found, version)

@@ -324,7 +324,9 @@ class TritonEngine:
         stated = {version: reason for _, version, _, reason in rows}
         failed = dict.fromkeys(ready - listed, UNLISTED)
         failed |= {version: stated.get(version) or NOT_THERE for version in listed - ready}
-        return ModelStatus(name, entry, versions, failed_versions=failed)
+        chosen = (self._chosen or {}).get(name)
+        failed = {v: reason for v, reason in failed.items() if chosen is None or v in chosen}
+        return ModelStatus(name, entry, versions, replica.refused.get(name), failed_versions=failed)
 
 
 def translate_error(error: InferenceServerException) -> Exception:
@@ -342,16 +344,15 @@ def translate_error(error: InferenceServerException) -> Exception:
 
 
 def _versions(entry: Entry, ready: set[str], chosen: frozenset[str] | None, where: str) -> tuple[str, ...]:
-    """Those served, ascending. Raises EntryError where none is ready, or one that is chosen is not."""
-    ready = ready & entry.prg.versions.keys()
-    missing = set(chosen or ()) - ready
-    if missing:
-        raise EntryError(
-            f"{where}: PRG_MODELS wants version {min(missing)}, ready are: {', '.join(sorted(ready))}"
-        )
-    if not ready:
-        raise EntryError(f"{where}: Triton serves no version that prg.versions lists; load the entry again")
-    return tuple(sorted(chosen or ready, key=int))
+    """Those served, ascending. Raises EntryError where one that is chosen is not listed, or none is ready."""
+    listed = entry.prg.versions.keys()
+    if missing := set(chosen or ()) - listed:
+        raise EntryError(f"{where}: PRG_MODELS wants version {min(missing)}, there are: {', '.join(listed)}")
+    served = ready & (chosen or listed)
+    if not served:
+        wanted = f"version {' or '.join(sorted(chosen))}" if chosen else "version that prg.versions lists"
+        raise EntryError(f"{where}: Triton serves no {wanted}, ready are: {', '.join(sorted(ready))}")
+    return tuple(sorted(served, key=int))
 
 
 def _checked(array: np.ndarray | None, name: str, count: int, entry: Entry) -> np.ndarray:

@@ -41,17 +41,19 @@ async def classify(request: Request, key: InferKey) -> Response:
         if level is None:
             allowed = ", ".join(map(str, levels))
             raise Problem(WRONG_OPTION, f"t_end is {asked}, must be one that the head knows: {allowed}")
-        version = prg.versions[chosen.version]
-        outputs = ("LOGITS", "KNOWN") if version.calibration else ("LOGITS",)
+        # It was measured at the first level, and holds there alone.
+        calibration = prg.versions[chosen.version].calibration if level == levels[0] else None
+        outputs = ("LOGITS", "KNOWN") if calibration else ("LOGITS",)
         results = await gateway.infer(request, key, items, chosen, (level,), outputs, due)
     labels = prg.labels
 
     def item(values: np.ndarray) -> dict[str, Any]:
         logits = values[0, : len(labels)]
         found: dict[str, Any] = {}
-        if version.calibration:
-            found["known"] = share_below(values[0, -1], version.calibration.known_quantiles)
-        found["predictions"] = predictions(logits, version.temperature, labels, options.top_k)
+        if calibration:
+            found["known"] = share_below(values[0, -1], calibration.known_quantiles)
+        temperature = calibration.temperature if calibration else 1.0
+        found["predictions"] = predictions(logits, temperature, labels, options.top_k)
         return found | ({"logits": logits} if options.return_logits else {})
 
     return answer(chosen.facts("model") | {"t_end": level}, results, item)

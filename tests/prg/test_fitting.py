@@ -1,14 +1,21 @@
 """What is fitted to an encoder: the projection, class means, the calibration."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from entry.config import ImageSpec
 from entry.vectors import unit_length
-from prg.errors import FittingError
+from prg.encoder import Encoder, EncoderConfig
+from prg.errors import ExportError, FittingError
+from prg.export import Export, export
+from prg.extractor import Extractor
 from prg.fitting import calibrate, fit_familiarity, fit_projection, principal, temperature
 from prg.images.sets import Images, sample_evenly
+from prg.unet import PRESETS, UNet
 
 
 def correlated(n: int, dim: int) -> Tensor:
@@ -79,6 +86,18 @@ def test_what_no_embedding_can_be_fitted_to_is_refused(features: Tensor) -> None
         fit_projection(features)
 
 
+def test_an_export_of_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
+    encoder = Encoder(UNet(PRESETS["tiny16"]), EncoderConfig())
+    projection = fit_projection(torch.randn(64, encoder.hidden_dim))
+    projection.scale[3] = np.nan
+    image = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(ExportError, match="projection.scale"):
+        export(
+            Extractor(encoder, image, projection), Export(image, 0.8, "embedding", {}, None), tmp_path / "new"
+        )
+    assert not (tmp_path / "new").exists()
+
+
 def test_known_is_minus_the_distance_to_the_nearest_class_mean() -> None:
     embedding = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 1.0]])
     familiarity = fit_familiarity(embedding, torch.tensor([0, 0, 2]), 3)
@@ -95,8 +114,19 @@ def test_the_temperature_is_the_one_that_the_labels_were_drawn_by(right: float) 
     assert temperature(logits, labels) == pytest.approx(right, rel=0.05)
 
 
-def test_a_head_that_is_never_wrong_has_the_least_temperature() -> None:
-    assert temperature(np.eye(3) * 9, np.arange(3)) == pytest.approx(1 / 50)
+def test_a_head_that_is_right_a_few_times_is_not_certain() -> None:
+    few, many = (temperature(np.eye(3)[np.arange(n) % 3] * 9, np.arange(n) % 3) for n in (9, 9000))
+    shares = np.exp(np.array([9, 0, 0]) / few)
+    assert shares[0] / shares.sum() == pytest.approx(1 - 2 / 30, rel=1e-3)
+    assert many < few
+
+
+def test_directions_without_variance_say_nothing() -> None:
+    torch.manual_seed(0)
+    embedding = fit_projection(torch.randn(400, 10) @ torch.randn(10, 100))
+    found = embedding(torch.randn(50, 10) @ torch.randn(10, 100))
+    assert found.shape == (50, 100)
+    assert float(found[:, 10:].abs().max()) == 0
 
 
 def test_quantiles_of_known() -> None:

@@ -14,7 +14,7 @@ from entry.config import read_entry
 from prg.checkpoint import read_facts
 from prg.cli import main
 from prg.errors import DataError
-from prg.images.held_out import hold_out, key_of, knows
+from prg.images.held_out import hold_out, key_of, knows, never_trained_on
 from prg.images.sets import Images
 from prg.target import open_target
 from prg.training.run import open_run
@@ -57,6 +57,16 @@ def test_shares_nest_and_neither_order_nor_company_matters() -> None:
     for same in (0, 1):
         assert np.array_equal(hold_out(shuffled, 0.2)[same].keys, hold_out(images, 0.2)[same].keys)
     assert set(hold_out(images.subset(np.arange(1000)), 0.2)[1].keys) <= set(held.keys)
+
+
+def test_what_an_earlier_training_was_trained_on_calibrates_nothing() -> None:
+    before, now = hold_out(made(1000), 0.1)[1], hold_out(made(1000), 0.3)[1]
+    assert now.digest != before.digest
+    unseen = never_trained_on(now, 0.1)
+    assert unseen is not None
+    assert unseen.digest == before.digest
+    assert never_trained_on(now, 0.0) is None
+    assert never_trained_on(now, None) is now
 
 
 def test_a_share_that_leaves_too_little_names_one_that_works() -> None:

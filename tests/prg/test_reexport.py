@@ -1,6 +1,7 @@
 """An entry made of an entry: of this format, and of the one before."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +145,23 @@ def test_gone_versions_are_dropped_and_old_ones_pruned(run: Path, tmp_path: Path
         Runner(entry, "2")
     assert main(["export", str(run), str(entry)]) == 0
     assert sorted(read_entry(entry).prg.versions) == ["1", "3", "4"]
+    (entry / "4" / "model.pt").rename(tmp_path / "model.pt")
     assert main(["export", str(run), str(entry), "--prune", "2"]) == 0
     assert (
         sorted(read_entry(entry).prg.versions)
-        == ["4", "5"]
+        == ["3", "5"]
         == sorted(p.parent.name for p in entry.glob("*/*.pt"))
     )
+
+
+def test_an_entry_of_another_precision_or_without_images_of_a_class(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half, new = tmp_path / "half", tmp_path / "new"
+    assert main(["export", str(run), str(half), "--precision", "fp16"]) == 0
+    assert main(["export", str(half), str(new), "--data", str(photos)]) == 0
+    assert read_entry(new).prg.precision == "fp16"
+    (rest := tmp_path / "photos").mkdir()
+    shutil.copytree(photos / "train", rest / "train", ignore=shutil.ignore_patterns("blue"))
+    assert main(["export", str(half), str(tmp_path / "other"), "--data", str(rest)]) == 1
+    assert "blue" in capsys.readouterr().err.splitlines()[-1]

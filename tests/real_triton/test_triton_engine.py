@@ -111,8 +111,9 @@ def test_both_engines_agree_on_every_feature_and_on_mixed_levels(serve: Serve, t
 
 
 def test_calls_one_after_the_other_do_not_stall(serve: Serve) -> None:
-    """With one instance up to a quarter of them would wait for Triton's timer of 500 ms."""
+    """With one instance some of them would wait for Triton's timer of 500 ms: six of 150 here."""
     server = serve()
+    (server.repository / "tiny" / "slow-ms").write_text("2")
 
     async def scene() -> list[float]:
         loop, taken = asyncio.get_running_loop(), []
@@ -123,8 +124,8 @@ def test_calls_one_after_the_other_do_not_stall(serve: Serve) -> None:
                 taken.append(loop.time() - started)
         return taken
 
-    stalled = [seconds for seconds in asyncio.run(scene()) if 0.4 < seconds < 0.7]
-    assert len(stalled) < 3, stalled
+    stalled = [seconds for seconds in asyncio.run(scene()) if 0.45 < seconds < 0.6]
+    assert len(stalled) < 2, stalled
 
 
 def test_concurrent_requests_share_batches_in_triton(serve: Serve) -> None:

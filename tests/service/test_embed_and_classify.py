@@ -156,6 +156,10 @@ def test_classify_at_another_trained_level(client: TestClient) -> None:
     answer = client.post("/classify", files=files(png()), params={"t_end": "0.50", "return_logits": 1}).json()
     assert answer["t_end"] == 0.5
     assert answer["data"][0]["logits"][3] == pytest.approx(5)
+    # The calibration was made at the first level.
+    assert "known" not in answer["data"][0]
+    exact = np.exp(answer["data"][0]["logits"])
+    assert answer["data"][0]["predictions"][0]["probability"] == pytest.approx(exact.max() / exact.sum())
 
 
 def test_a_bad_image_spoils_no_other(client: TestClient) -> None:
