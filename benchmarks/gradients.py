@@ -28,7 +28,7 @@ Solve = Callable[[VelocityField, Tensor, int], Tensor]
 class Adjoint(torch.autograd.Function):
     """Euler from t = 1 to 0 that keeps its last state alone; its gradient solves the adjoint ODE by Euler back.
 
-    On the way back the state is integrated anew, which by Euler is not the way it came: hence the bias.
+    In the backward pass the state is integrated anew, and by Euler it does not return the way it came: hence the bias.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ def network(preset: str) -> VelocityField:
 
 @contextmanager
 def kept_bytes(field: VelocityField) -> Iterator[Callable[[], int]]:
-    """Gives what tells the bytes of distinct storages that autograd keeps in the context, weights left out."""
+    """Gives a function that counts the bytes of distinct storages that autograd keeps in the context, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in field.parameters()}
     kept: dict[int, int] = {}
     holders = []

@@ -56,7 +56,7 @@ class Runner:
         return outputs
 
     def _check(self, path: Path) -> None:
-        """One image through the module, its answers held against the configuration."""
+        """Run one image through the module and compare its answers with the configuration."""
         size = self.entry.prg.image.size
         try:
             outputs = self._call(np.zeros((1, 3, size, size), np.uint8), np.ones(1, np.float32))

@@ -14,7 +14,7 @@ HeadKind = Literal["mlp", "linear"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What the head reads, its form, and how many classes it tells apart."""
+    """What the head reads, its form, and its number of classes."""
 
     classes: int
     reads: tuple[str, ...] = ("state",)

@@ -47,7 +47,7 @@ class Solver(nn.Module):
     """`steps` equal steps of one method along `velocity`, from one time to another, both per image.
 
     The gradient is that of the discrete solve itself, exact: with `save_memory` every network evaluation is
-    checkpointed, so that autograd keeps the states alone and evaluates the network once more on the way back.
+    checkpointed, so that autograd keeps the states alone and evaluates the network once more in the backward pass.
     (The continuous adjoint, which costs the same, is biased for solvers of this kind.) TorchScript compiles
     the very same loop, without checkpoints; `velocity` must then be a module.
     """

@@ -82,7 +82,7 @@ def _classes(head: dict[str, Tensor], recipe: Recipe, path: Path) -> tuple[str, 
         names = next((s.classes for name, s in found.items() if name == recipe.data.train), ())
     if len(names) != count:
         raise CheckpointError(
-            f"{path}: its head tells {count} classes apart, the recipe names {len(names)}; "
+            f"{path}: its head has {count} classes, the recipe names {len(names)}; "
             "name them in data.labels, or say with --data where the images are that it was trained on"
         )
     return names

@@ -105,7 +105,7 @@ class Run:
         if len(seen) < 2:
             raise DataError(
                 f"{data.source}: all images to train on are of one class, {source.classes[min(seen)]!r}; "
-                "fine-tuning tells classes apart: name the folder whose sub-folders are the classes"
+                "fine-tuning needs two classes at least: name the folder whose sub-folders are the classes"
             )
         if data.test and not found[self.evaluated].classes:
             raise DataError(

@@ -1,4 +1,4 @@
-// The page: which model, which pictures, and who is told of them.
+// The page: which model, which pictures, and the panels that show them.
 
 import { call } from "./api.js";
 import { Classes } from "./classes.js";
