@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from entry.config import read_entry, write_entry
 from prg.cli import main
 from prg.client import Client
 from prg.embed import partitions
@@ -210,3 +211,18 @@ def test_errors_are_explained(
     names = {"ENTRY": str(write_tiny_entry(tmp_path / "models")), "EMPTY": str(tmp_path / "empty")}
     assert main(["embed", *(names.get(word, word) for word in command)]) == 1
     assert named in capsys.readouterr().err
+
+
+def test_another_head_on_the_same_encoder_goes_on(tmp_path: Path) -> None:
+    directory = write_tiny_entry(tmp_path)
+
+    def identity(**changed: str) -> dict[str, object]:
+        entry = read_entry(directory)
+        entry.prg.versions["1"] = entry.prg.versions["1"].model_copy(update=changed)
+        write_entry(directory, entry)
+        with closing(Local(directory)) as embedder:
+            return embedder.identity
+
+    before = identity()
+    assert identity(model="0" * 64) == before
+    assert identity(encoder="0" * 64) != before
