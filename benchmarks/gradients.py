@@ -75,7 +75,7 @@ def network(preset: str) -> VelocityField:
 
 @contextmanager
 def kept_bytes(field: VelocityField) -> Iterator[Callable[[], int]]:
-    """Gives a function that counts the bytes of distinct storages that autograd keeps in the context, without the weights."""
+    """Gives a function: bytes of distinct storages that autograd keeps in the context, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in field.parameters()}
     kept: dict[int, int] = {}
     holders = []
