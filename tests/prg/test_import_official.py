@@ -193,8 +193,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         return capsys.readouterr().err
 
     assert "say --set finetune.head_input=state" in said(**SMALL)
-    assert "3 classes apart, the recipe names 0" in said(**SMALL, **OFFICIAL)
-    assert "3 classes apart, the recipe names 2" in said(**SMALL, **OFFICIAL, **{"data.labels": ["a", "b"]})
+    assert "3 classes, the recipe names 0" in said(**SMALL, **OFFICIAL)
+    assert "3 classes, the recipe names 2" in said(**SMALL, **OFFICIAL, **{"data.labels": ["a", "b"]})
     three = {"data.labels": ["a", "b", "c"]}
     assert "made for another network" in said(**OFFICIAL, **three)
     assert "the release has icfm, otcfm and gvp alone" in said(**SMALL, **{"encoder.path": "vp"})
