@@ -326,7 +326,7 @@ def test_a_caller_that_hangs_up_cancels_the_call(serve: Serve) -> None:
             (server.repository / "tiny" / "slow-ms").unlink()
             assert await answers(http)
             await asyncio.sleep(0.5)
-            # The busy one, one that had begun on the second instance, the last, perhaps a canary: of the five, four never ran.
+            # The busy one, one that had begun on the second instance, the last, perhaps a canary.
             assert server.counters("nv_inference_count")["tiny"] - before <= 4
 
     asyncio.run(scene())
