@@ -78,8 +78,10 @@ def export(extractor: Extractor, facts: Export, directory: Path) -> str:
     """
     prepare(extractor, facts)
     wanted = _describe(extractor, facts)
-    existing = _existing(directory, wanted)
-    version = _next_version(directory)
+    there = _existing(directory, wanted)
+    listed = there.prg.versions if there else {}
+    # A number that no version had, not even one that is gone.
+    version = str(1 + max(map(int, listed.keys() | version_folders(directory)), default=0))
     with tempfile.TemporaryDirectory(prefix=".export-", dir=_made(directory.parent)) as temporary:
         staged = Path(temporary) / directory.name
         path = staged / version / "model.pt"
@@ -97,9 +99,12 @@ def export(extractor: Extractor, facts: Export, directory: Path) -> str:
         )
         write_entry(staged, Entry(directory.name, replace_versions(wanted, {version: described})))
         prove_equal(extractor, staged, facts.precision)
-        _made(directory)
+        if there is None:
+            write_card(staged, read_entry(staged))
+            os.rename(staged, directory)
+            return version
         os.rename(path.parent, directory / version)
-    versions = existing | {version: described}
+    versions = {v: listed[v] for v in there.usable_versions} | {version: described}
     kept = sorted(versions, key=int)[-(facts.keep or len(versions)) :]
     entry = Entry(directory.name, replace_versions(wanted, {v: versions[v] for v in kept}))
     write_entry(directory, entry)
@@ -268,20 +273,12 @@ def _describe(extractor: Extractor, facts: Export) -> Prg:
     )
 
 
-def _next_version(directory: Path) -> str:
-    """A number that no version had, not even one that is gone."""
-    known = version_folders(directory)
-    if (directory / "config.pbtxt").exists():
-        known |= read_entry(directory).prg.versions.keys()
-    return str(1 + max(map(int, known), default=0))
-
-
-def _existing(directory: Path, wanted: Prg) -> dict[str, Version]:
-    """The versions in `directory`, if there is an entry, and this can be a version of it."""
+def _existing(directory: Path, wanted: Prg) -> Entry | None:
+    """What is in `directory` already, if that is an entry that this can be a version of."""
     if not (directory / "config.pbtxt").exists():
         if directory.exists() and any(directory.iterdir()):
             raise EntryError(f"{directory}: is there, but is no entry (no config.pbtxt); name another folder")
-        return {}
+        return None
     there = read_entry(directory)
     ours, theirs = (p.model_dump(exclude={"versions"}) for p in (wanted, there.prg))
     keys = dict.fromkeys((*ours, *theirs))
@@ -295,7 +292,7 @@ def _existing(directory: Path, wanted: Prg) -> dict[str, Version]:
         )
     if gone := sorted(there.prg.versions.keys() & there.failed_versions.keys(), key=int):
         note(f"{directory}: version {', '.join(gone)} is gone, and listed no longer")
-    return {v: there.prg.versions[v] for v in there.usable_versions}
+    return there
 
 
 def _save(extractor: nn.Module, path: Path, compact: bool) -> None:

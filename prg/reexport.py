@@ -35,7 +35,7 @@ def reexport(
     """
     opened = reopen(old)
     prg, version = opened.entry.prg, opened.version
-    encoder, head = opened.extractor.encoder, opened.extractor.head
+    encoder, head = opened.encoder, opened.head
     images, held_out = _images(source, prg)
     if head is not None and version.held_out:
         images, held_out = hold_out(images, version.held_out, "name the images that the model was trained on")

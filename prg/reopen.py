@@ -1,4 +1,4 @@
-"""An entry as an eager extractor again, so that what is fitted to it can be fitted anew; also one of format 1."""
+"""An entry's encoder and head as eager modules again, to fit an embedding to them anew; also of format 1."""
 
 import json
 from dataclasses import dataclass
@@ -21,13 +21,9 @@ from entry.config import (
 )
 from prg.classifier import Head, HeadConfig, HeadKind
 from prg.encoder import Encoder, EncoderConfig
-from prg.extractor import Extractor
-from prg.trained import fitted_of
-from prg.unet import PRESETS, UNet, UNetConfig, shapes_of
+from prg.unet import PRESETS, UNet, UNetConfig, fitting_presets
 
 NET = "encoder.solver.velocity.net"
-OLD_INPUTS = {"state": ("state",), "hidden": ("middle",), "both": ("state", "middle")}
-"""What a head of format 1 reads: "middle" stands for the means of the layers that HIDDEN was there."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,10 @@ class Reopened:
     version: Version
     module: Any
     """As TorchScript has it."""
-    extractor: Extractor
-    head_input: tuple[str, ...]
-    """What the head reads; empty without one."""
+    encoder: Encoder
+    head: Head | None = None
+    head_input: tuple[str, ...] = ()
+    """What the head reads."""
 
 
 def reopen(directory: Path) -> Reopened:
@@ -66,24 +63,18 @@ def reopen(directory: Path) -> Reopened:
         {"path": prg.path, "solver": prg.solver, "steps": prg.steps, "layers": layers, "pooling": pooling}
     )
     encoder = Encoder(net, config, save_memory=False)
-    projection, familiarity = fitted_of(tensors)
     if prg.labels is None:
-        return Reopened(entry, version, module, Extractor(encoder, prg.image, projection), ())
+        return Reopened(entry, version, module, encoder)
     reads = tuple(version.training.get("head_input", ()))
     if old:
-        means = [f"{layer}.mean" for layer in hidden.layers]
-        reads = tuple(
-            name
-            for key in OLD_INPUTS[module.classifier.input]
-            for name in (means if key == "middle" else [key])
-        )
+        means = tuple(f"{layer}.mean" for layer in hidden.layers)
+        reads = {"state": ("state",), "hidden": means, "both": ("state", *means)}[module.classifier.input]
     if not reads:
         raise EntryError(f"{directory}: does not say what its head reads; export it from its run")
     kind: HeadKind = "mlp" if "head.classifier.3.weight" in tensors else "linear"
     head = Head(encoder, HeadConfig(len(prg.labels), reads, kind))
     head.load_state_dict(part(tensors, "head"))
-    extractor = Extractor(encoder, prg.image, projection, head, familiarity)
-    return Reopened(entry, version, module, extractor, reads)
+    return Reopened(entry, version, module, encoder, head, reads)
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -108,14 +99,13 @@ def _network(described: Any, weights: dict[str, Tensor], directory: Path) -> UNe
         return PRESETS[described]
     if isinstance(described, dict):
         return TypeAdapter(UNetConfig).validate_python(described)
-    shapes = {k: v.shape for k, v in weights.items()}
-    fitting = [config for config in PRESETS.values() if shapes_of(config) == shapes]
+    fitting = fitting_presets(weights)
     if not fitting:
         raise EntryError(
             f"{directory}: its network is none of {', '.join(PRESETS)}, and the entry does not describe it; "
             "export it from its run"
         )
-    return fitting[0]
+    return PRESETS[fitting[0]]
 
 
 def _upgraded(directory: Path) -> Entry:

@@ -366,6 +366,12 @@ def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
         return {k: v.shape for k, v in UNet(config).state_dict().items()}
 
 
+def fitting_presets(weights: dict[str, Tensor]) -> list[str]:
+    """Names of the presets whose networks have weights of these names and shapes."""
+    shapes = {k: v.shape for k, v in weights.items()}
+    return [name for name, config in PRESETS.items() if shapes_of(config) == shapes]
+
+
 def stem(patch: int, width: int) -> Stem:
     """RGB to `width` channels: 3x3, or 4x4 with stride 2."""
     return Stem(3, width, 3, padding=1) if patch == 1 else Stem(3, width, 2 * patch, patch, patch // 2)

@@ -1,6 +1,5 @@
 """What a training ends with: the projection, class means and calibration, fitted on its own images."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,15 +98,10 @@ def features(
     device = next(encoder.parameters()).device
     parts = []
     with track(title, len(pixels)) as bar:
-        for block in blocks(pixels):
+        for start in range(0, len(pixels), BATCH):
+            block = np.ascontiguousarray(pixels[start : start + BATCH])
             x = normalise(torch.from_numpy(block).to(device), image.mean, image.std)
             parts.append(encoder(x.flip(3) if mirrored else x, x.new_full((len(x),), level)))
             bar.advance(len(x))
     states, hiddens = zip(*parts, strict=True)
     return torch.cat(states), torch.cat(hiddens)
-
-
-def blocks(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows, so many at a time."""
-    for start in range(0, len(pixels), BATCH):
-        yield np.ascontiguousarray(pixels[start : start + BATCH])

@@ -15,7 +15,7 @@ from prg.recipe import Image
 from prg.reopen import NET, part
 from prg.trained import fitted_of
 from prg.training.fitted import Fitted
-from prg.unet import PRESETS, UNet, UNetConfig, shapes_of
+from prg.unet import PRESETS, UNet, UNetConfig, fitting_presets, shapes_of
 
 Solve = tuple[str, str, int, tuple[str, ...], tuple[str, ...], float]
 """Path, solver, steps, layers, pooling, and the level."""
@@ -76,10 +76,8 @@ def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -
     shapes = {k: v.shape for k, v in weights.items()}
     shape = PRESETS[network] if isinstance(network, str) else network
     if shapes_of(shape) != shapes:
-        fitting = [
-            f": --set network={name}" for name, config in PRESETS.items() if shapes_of(config) == shapes
-        ]
-        raise CheckpointError(f"{init}: its network is another than the recipe's{''.join(fitting[:1])}")
+        fitting = "".join(f": --set network={name}" for name in fitting_presets(weights)[:1])
+        raise CheckpointError(f"{init}: its network is another than the recipe's{fitting}")
     net = UNet(shape)
     net.load_state_dict(weights)
     facts = entry.prg.versions[version]

@@ -101,7 +101,7 @@ class EmbeddedEngine:
                 raise found
             chosen = self._chosen.get(found.name) if self._chosen else None
             failed = {v: r for v, r in found.failed_versions.items() if chosen is None or v in chosen}
-            for version in self._versions(found):
+            for version in self._versions(found, chosen):
                 try:
                     batchers[version] = await self._batcher(before, found, version)
                 # Also what torch raises for a strange module: the other versions must serve.
@@ -120,9 +120,8 @@ class EmbeddedEngine:
             log.error("version refused", model=name, version=version, reason=reason)
         return _Model(ModelStatus(name, found, tuple(batchers), failed_versions=failed), batchers)
 
-    def _versions(self, entry: Entry) -> tuple[str, ...]:
+    def _versions(self, entry: Entry, chosen: frozenset[str] | None) -> tuple[str, ...]:
         """The versions to try, ascending."""
-        chosen = self._chosen.get(entry.name) if self._chosen else None
         missing = set(chosen or ()) - entry.prg.versions.keys()
         if missing:
             raise EntryError(

@@ -45,7 +45,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
         def server(settings: dict[str, object]) -> TritonServer:
             shared: TritonServer = request.getfixturevalue("triton")
             if "model_repository" not in settings:
-                # Release 24.10 can crash when calls are cancelled; that is its own fault, and no other test's.
+                # A server that died fails the test that it died in, and no later one.
                 assert shared.process is not None
                 if shared.process.poll() is not None:
                     shared.kill()
