@@ -4,9 +4,11 @@ Triton and the embedded engine read the very same file, both through Triton's Mo
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import filterfalse
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ from pydantic import (
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
 
 from entry.errors import EntryError as EntryError
-from entry.files import sha256, write_atomically
+from entry.files import is_hidden, sha256, write_atomically
 
 FORMAT = 2
 MAX_BATCH_SIZE = 64
@@ -397,16 +399,32 @@ def check_weights(directory: Path, entry: Entry, version: str) -> Path:
 
 
 def find_entries(repository: Path) -> dict[str, Entry | EntryError]:
-    """Every sub-folder with a config.pbtxt, by name, but for hidden ones; one that can't be used hides no other."""
+    """Every sub-folder with a config.pbtxt, by name, but for hidden ones; one that can't be used hides no other.
+
+    Raises OSError for a repository that can't be listed.
+    """
     found: dict[str, Entry | EntryError] = {}
-    for path in sorted(repository.glob("[!.]*/config.pbtxt")):
+    for name in sorted(filterfalse(is_hidden, os.listdir(repository))):
+        path = repository / name / "config.pbtxt"
         try:
-            found[path.parent.name] = read_entry(path.parent)
+            if _exists(path):
+                found[name] = read_entry(path.parent)
         except EntryError as error:
-            found[path.parent.name] = error
+            found[name] = error
+        except OSError as error:
+            found[name] = EntryError(f"{error.filename or path}: {error.strerror}; make it readable, or move it away")
         except (ValueError, RecursionError) as error:  # numbers too large for Triton's message, JSON too deep
-            found[path.parent.name] = EntryError(f"{path}: can't be used ({error}); {REMEDY}")
+            found[name] = EntryError(f"{path}: can't be used ({error}); {REMEDY}")
     return found
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file is there, unlike Path.exists also in a later Python; OSError where that can't be known."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _same(found: object, expected: object, where: str, field: str) -> None:

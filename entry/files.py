@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their digests."""
+"""Files written whole or not at all, their digests, and which names nobody means."""
 
 import hashlib
 import os
@@ -6,6 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+LEFT_BY_SYSTEMS = {"@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
+"""Folders that network drives, disks, Windows and macOS put beside people's own."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out wherever folders are read, with all that lies below it."""
+    return name.startswith(".") or name in LEFT_BY_SYSTEMS
 
 
 @contextmanager

@@ -7,17 +7,16 @@ from pathlib import Path
 
 from prg.errors import DataError
 from prg.images.source import SPLITS, Row, Source, standard_name
-from prg.images.walk import image_files, other_files
+from prg.images.walk import image_files, listed, other_files
 
 
 def folder_splits(folder: Path) -> dict[str, Source]:
     """train/, validation/ and test/, or all as train. Only folders directly in `folder` are splits."""
-    inside = sorted(p for p in folder.iterdir() if p.is_dir())
-    named = {p: standard_name(p.name) for p in inside if standard_name(p.name) in SPLITS}
+    folders, files = listed(folder)
+    named = {p: standard_name(p.name) for p in folders if standard_name(p.name) in SPLITS}
     if not named:
         return {"train": _images_in(folder)}
-    others = [p for p in sorted(folder.iterdir()) if p not in named and not p.name.startswith(".")]
-    beside = [p for p in others if next(image_files(p), None)]
+    beside = [p for p in [*folders, *files] if p not in named and next(image_files(p), None)]
     if beside:
         raise DataError(
             f"{folder}: {next(iter(named)).name} is the name of a split, but there are images in {beside[0].name} "

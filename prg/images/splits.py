@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from prg.console import note
 from prg.errors import DataError
 from prg.images.folders import folder_splits
 from prg.images.source import Source, standard_name
@@ -26,12 +27,13 @@ def splits(source: str) -> dict[str, Source]:
         from prg.images.parquet import hub_splits
 
         found = hub_splits(source)
-    found = {name: split for name, split in found.items() if split.count}
-    if not found:
+    if not any(split.count for split in found.values()):
         raise DataError(
             f"{source}: no images found; expected sub-folders of images ({', '.join(SUFFIXES)}), or parquet files"
         )
-    return found
+    if empty := [name for name, split in found.items() if not split.count]:
+        note(f"{source}: no images in the split {', '.join(empty)}, which is left out")
+    return {name: split for name, split in found.items() if split.count}
 
 
 def choose_split(found: dict[str, Source], wanted: str, source: str) -> str:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from entry.files import is_hidden
 from prg.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -25,39 +26,53 @@ def is_image(file: Path) -> bool:
 
 
 def all_files(path: Path) -> Iterator[Path]:
-    """Every file in a folder, at all levels, in order; nothing hidden (.name), and nothing below what is hidden."""
+    """Every file in a folder, at all levels, in order; nothing hidden, and nothing below what is hidden.
+
+    Of a file itself, that one. Raises as `image_files` does.
+    """
     if path.is_file():
         yield path
         return
-    for parent, folders, files in os.walk(path, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for folder in (Path(parent, name) for name in folders):
-            if folder.is_symlink():  # not followed, so its images would be missing without a word
-                raise DataError(
-                    f"{folder}: a link to {folder.resolve()}, and links to folders are not followed; "
-                    "put the folder itself there (a bind mount does)"
-                )
-        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+    folders, files = listed(path)
+    for folder in folders:
+        if folder.is_symlink():  # not followed, so its images would be missing without a word
+            raise DataError(
+                f"{folder}: a link to {folder.resolve()}, and links to folders are not followed; "
+                "put the folder itself there (a bind mount does)"
+            )
+    yield from files
+    for folder in folders:
+        yield from all_files(folder)
+
+
+def listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(folders, files) directly in a folder, in order, nothing hidden. Raises OSError for what can't be read.
+
+    os.walk and Path.glob would leave out what they may not read, without a word.
+    """
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not is_hidden(entry.name):
+                (folders if entry.is_dir() else files).append(folder / entry.name)
+    return folders, files
 
 
 def other_files(folder: Path) -> str:
-    """Which files of a folder are skipped because of their ending, and which of its folders hold nothing else.
+    """Which files of a folder are skipped because of their ending, and which of its folders hold no image.
 
-    Empty where all files are images.
+    Empty where all files are images, and all folders hold some.
     """
     endings: Counter[str] = Counter()
     for file in all_files(folder):
         if not is_image(file):
             endings[file.suffix.lower() or "none"] += 1
-    if not endings:
-        return ""
-    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
-    counts = ", ".join(f"{ending} ({count})" for ending, count in ordered[:5])
-    inside = (p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith("."))
-    bare = [p.name for p in inside if next(all_files(p), None) and not next(image_files(p), None)]
-    nothing = f"; no images at all in {', '.join(bare[:10])}" if bare else ""
-    return f"{endings.total()} files in {folder} are skipped because of their ending: {counts}{nothing}"
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    said = []
+    if endings:
+        ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+        counts = ", ".join(f"{ending} ({count})" for ending, count in ordered[:5])
+        said.append(f"{endings.total()} files in {folder} are skipped because of their ending: {counts}")
+    if bare := [inside.name for inside in listed(folder)[0] if next(image_files(inside), None) is None]:
+        more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
+        said.append(f"no images at all in {', '.join(bare[:10])}{more} (of {folder})")
+    return "; ".join(said)

@@ -1,5 +1,6 @@
 """An entry's configuration: written, read back, and refused where it can't be used."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -138,9 +139,30 @@ def test_a_version_that_is_gone_or_not_listed_fails_alone(tmp_path: Path) -> Non
 
 
 def test_hidden_folders_are_no_entries(tmp_path: Path) -> None:
-    write_tiny_entry(tmp_path, ".snapshot")
-    write_tiny_entry(tmp_path, "good")
+    for name in (".snapshot", "..2026_11_27", ".ipynb_checkpoints", "@eaDir", "lost+found", "__MACOSX", "good"):
+        write_tiny_entry(tmp_path, name)
     assert list(find_entries(tmp_path)) == ["good"]
+
+
+def test_what_can_not_be_read_is_no_smaller_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_entry(tmp_path, "closed")
+    write_tiny_entry(tmp_path, "good")
+    (tmp_path / "README").write_text("no folder")
+    stat = Path.stat
+
+    def denied(path: Path, **how: bool) -> object:
+        if path.parent.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    found = find_entries(tmp_path)
+    assert list(found) == ["closed", "good"]
+    assert "closed/config.pbtxt: Permission denied" in str(found["closed"])
+    with pytest.raises(FileNotFoundError):
+        find_entries(tmp_path / "gone")
 
 
 def test_weights_that_differ_from_their_digest_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Splits, classes and labels as folders and parquet have them; what is ambiguous is said, never guessed."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,32 @@ def test_a_file_named_like_a_split_is_an_image_as_any(tmp_path: Path) -> None:
 def test_what_is_hidden_is_no_image(tmp_path: Path) -> None:
     """As file managers leave beside photos."""
     folder = pictures(
-        tmp_path / "d", "train/a/1.png", "train/a/._1.png", "train/.cache/1.png", ".small/1.png"
+        *(tmp_path / "d", "train/a/1.png", "train/a/._1.png", "train/.cache/1.png", ".small/1.png"),
+        *("train/@eaDir/1.png", "train/a/@eaDir/1.png/THUMB.jpg", "__MACOSX/train/a/1.png", "lost+found/1.png"),
+        *("$RECYCLE.BIN/1.png", "System Volume Information/1.png", "train/.ipynb_checkpoints/1.png"),
     )
+    (folder / "train" / ".cache" / "link").symlink_to(tmp_path)
     images = loaded(folder, tmp_path / "cache")
     assert (len(images), images.classes) == (1, ("a",))
+
+
+def test_what_can_not_be_read_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pictures(tmp_path / "d", "a/1.png", "a/b/1.png", "c/1.png")
+    scandir = os.scandir
+
+    def denied(path: Path) -> Any:
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError, match="a/b"):
+        patch.setattr(os, "scandir", denied)
+        splits(str(folder))
+    (folder / "c" / "loop").symlink_to("loop")  # a link of which nobody can say whether it leads to a folder
+    with pytest.raises(OSError, match="c/loop"):
+        splits(str(folder))
 
 
 def test_a_class_is_the_folder_in_the_split(tmp_path: Path) -> None:
@@ -241,6 +265,16 @@ def test_files_of_other_endings_are_told(tmp_path: Path, capsys: pytest.CaptureF
     assert loaded(folder, tmp_path / "cache").classes == ("a", "b")
     said = capsys.readouterr().err
     assert "4 files in" in said
-    assert "because of their ending: .heic (2), .txt (1), none (1); no images at all in c" in said
+    assert "because of their ending: .heic (2), .txt (1), none (1); no images at all in c (of " in said
     loaded(pictures(tmp_path / "plain", "a/1.png"), tmp_path / "cache")
     assert "because of their ending" not in capsys.readouterr().err
+
+
+def test_a_class_without_images_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pictures(tmp_path / "d", "train/a/1.png", "train/b/1.png")
+    for name in ("train/c/deeper", "test/a"):
+        (folder / name).mkdir(parents=True)
+    assert loaded(folder, tmp_path / "cache").classes == ("a", "b")
+    said = capsys.readouterr().err
+    assert f"no images at all in c (of {folder / 'train'})" in said
+    assert "no images in the split test, which is left out" in said
