@@ -412,14 +412,16 @@ def find_entries(repository: Path) -> dict[str, Entry | EntryError]:
         except EntryError as error:
             found[name] = error
         except OSError as error:
-            found[name] = EntryError(f"{error.filename or path}: {error.strerror}; make it readable, or move it away")
+            found[name] = EntryError(
+                f"{error.filename or path}: {error.strerror}; make it readable, or move it away"
+            )
         except (ValueError, RecursionError) as error:  # numbers too large for Triton's message, JSON too deep
             found[name] = EntryError(f"{path}: can't be used ({error}); {REMEDY}")
     return found
 
 
 def _exists(path: Path) -> bool:
-    """Whether a file is there, unlike Path.exists also in a later Python; OSError where that can't be known."""
+    """Whether a file is there. Raises OSError where that can't be known, which later Pythons' Path.exists hides."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

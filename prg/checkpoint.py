@@ -121,7 +121,7 @@ class Facts(Section):
         Of the recipe what the stage depends on; not which files would have been refused.
         """
         recipe = self.recipe.model_dump(mode="json")
-        for key in ("source", "skip_unreadable", "enlarge"):
+        for key in ("source", "image_column", "label_column", "skip_unreadable", "enlarge"):
             del recipe["data"][key]
         sections = ("seed", "network", "image", "data", "encoder", self.stage)
         trained = None if self.trained is None else self.trained.model_dump(include={"images", "digest"})
@@ -190,8 +190,10 @@ def read_facts(path: Path) -> Facts:
     except ValidationError as error:
         reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
         raise CheckpointError(f"{path}: written by another version of prg ({reason}); {AGAIN}") from None
-    # A key that is missing would have got its default, which nobody trained by.
-    if missing := differences(json.loads(header["prg"]), facts.model_dump(mode="json")):
+    # A key that is missing would have got its default, which nobody trained by. Where the images were is no such key.
+    saved, now = json.loads(header["prg"]), facts.model_dump(mode="json")
+    saved["recipe"]["data"] = {"image_column": "", "label_column": ""} | saved["recipe"].get("data", {})
+    if missing := differences(saved, now):
         raise CheckpointError(f"{path}: written by another version of prg ({'; '.join(missing)}); {AGAIN}")
     return facts
 

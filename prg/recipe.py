@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
+from unicodedata import normalize
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,6 +45,9 @@ class Data(Section):
     """The split that is read once, by `prg evaluate`. Empty: test, else validation, else the images held out."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the training split that is held out from training, to choose by."""
+    image_column: str = ""
+    label_column: str = ""
+    """Of parquet, which columns are read. Empty: as the files say."""
     labels: tuple[str, ...] = ()
     """Class names as served, in the order of the data's class ids. Empty: the data's own names."""
     skip_unreadable: bool = False
@@ -53,7 +57,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Data":
-        if not all(self.labels) or len(set(self.labels)) != len(self.labels):
+        # As they are compared.
+        if not all(self.labels) or len({normalize("NFC", name) for name in self.labels}) != len(self.labels):
             raise ValueError(f"labels = {self.labels}: a name of its own for each class is needed")
         return self
 
@@ -196,7 +201,8 @@ class Recipe(Section):
 
     def without_source(self) -> "Recipe":
         """The recipe as a checkpoint holds it: a folder may move, and a path is nobody else's business."""
-        return self.model_copy(update={"data": self.data.model_copy(update={"source": ""})})
+        nowhere = {"source": "", "image_column": "", "label_column": ""}
+        return self.model_copy(update={"data": self.data.model_copy(update=nowhere)})
 
     def head(self, classes: int) -> HeadConfig:
         """The head's shape, for so many classes."""

@@ -16,6 +16,7 @@ from prg.images.held_out import hold_out
 from prg.images.sets import Images, same_classes
 from prg.images.source import standard_name
 from prg.images.splits import choose_split, splits
+from prg.recipe import Data
 from prg.reopen import Reopened, reopen
 from prg.training.fitted import fit
 
@@ -24,11 +25,11 @@ SAME = 1e-5
 
 
 def reexport(
-    old: Path, new: Path, source: str, precision: Precision | None, compact: bool, keep: int | None = None
+    old: Path, new: Path, data: Data, precision: Precision | None, compact: bool, keep: int | None = None
 ) -> str:
     """Write the highest version of the entry `old` as the next one of `new`; returns the version.
 
-    source: images whose training split the embedding is fitted to, best those that the model was trained on. With a
+    data: images whose training split the embedding is fitted to, best those that the model was trained on. With a
     head they must be labelled with its classes; it is calibrated on the share that was held out of its training or,
     where that is not known, on a validation split, if there is one.
     Raises EntryError, DataError, FittingError, ExportError.
@@ -36,14 +37,14 @@ def reexport(
     opened = reopen(old)
     prg, version = opened.entry.prg, opened.version
     encoder, head = opened.encoder, opened.head
-    images, held_out = _images(source, prg)
+    images, held_out = _images(data, prg)
     if head is not None and version.held_out:
         images, held_out = hold_out(images, version.held_out, "name the images that the model was trained on")
     levels = prg.classify_t_end or (prg.t_end,)
     try:
         fitted = fit(encoder, prg.image, prg.t_end, images, head, levels[0], held_out)
     except FittingError as error:
-        raise FittingError(f"{source}: {error}") from None
+        raise FittingError(f"{data.source}: {error}") from None
     extractor = Extractor(encoder, prg.image, fitted.projection, head, fitted.familiarity)
     if head is not None and fitted.calibration is None:
         note(
@@ -69,9 +70,10 @@ def reexport(
     return export(extractor, described, new)
 
 
-def _images(source: str, prg: Prg) -> tuple[Images, Images | None]:
+def _images(data: Data, prg: Prg) -> tuple[Images, Images | None]:
     """The training split and the validation split, their labels numbered as the head has them. Raises DataError."""
-    found = splits(source)
+    source = data.source
+    found = splits(source, data.image_column, data.label_column)
 
     def load(split: str) -> Images:
         with tempfile.TemporaryDirectory() as cache:

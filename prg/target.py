@@ -11,8 +11,11 @@ from prg.images.decoded import load_split
 from prg.images.material import Material
 from prg.images.splits import splits
 from prg.publish import publish
-from prg.recipe import load_recipe
+from prg.recipe import Data, load_recipe
 from prg.training.run import Run
+
+AS_TRAINED = Data()
+"""The images of a run as its own recipe has them."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,17 @@ def open_target(
     path: Path,
     stage: Stage,
     scratch: Path,
-    data: str = "",
-    skip_unreadable: bool = False,
+    data: Data = AS_TRAINED,
     version: str | None = None,
     seen: bool = False,
 ) -> Target:
     """A run, whose model of that stage is exported to `scratch`, or an entry.
 
+    data: which images; of a run, what replaces keys of its recipe.
     Raises EntryError where it is neither, or an entry and no images are named; and whatever reading them raises.
     """
     if (path / "recipe.json").is_file():
-        changed = ({"source": data} if data else {}) | ({"skip_unreadable": True} if skip_unreadable else {})
+        changed = data.model_dump(exclude_unset=True)
         run = Run(path, load_recipe(str(path / "recipe.json"), given={"data": changed}))
         return _run_target(run, stage, scratch / "run", seen)
     if not (path / "config.pbtxt").is_file():
@@ -51,19 +54,19 @@ def open_target(
             f"{path}: {there}; name the folder of a run, or of an entry such as model_repository/prg-cifar10"
         )
     entry = read_entry(path)
-    if not data:
+    if not data.source:
         raise EntryError(f"{path}: say with --data which images to evaluate it on")
     described = entry.prg.versions.get(version or entry.default_version)
     training = described.training if described else {}
-    load = partial(load_split, spec=entry.prg.image, cache=scratch, skip_unreadable=skip_unreadable)
+    load = partial(load_split, spec=entry.prg.image, cache=scratch, skip_unreadable=data.skip_unreadable)
     return Target(
         entry.name,
         path,
         False,
         version,
         Material(
-            source=data,
-            found=splits(data),
+            source=data.source,
+            found=splits(data.source, data.image_column, data.label_column),
             train=training.get("split", "train"),
             test="",
             held_out=described.held_out if described else None,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prg.commands.options import Commands, add_skip_unreadable, source
+from prg.commands.options import Commands, add_data, add_skip_unreadable, images
 from prg.commands.studies import STUDIES, answer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("target", type=Path, help="a run folder, or an entry of a model repository")
-    sub.add_argument("--data", help="images with labels; by default those of the run")
+    add_data(sub, "images with labels; by default those of the run")
     add_skip_unreadable(sub)
     sub.add_argument(
         "--split", default="", help="by default test, else validation, else the images held out from training"
@@ -66,6 +66,7 @@ def _count(text: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     _check(arguments)
+    from prg.recipe import Data
     from prg.target import open_target
 
     study = STUDIES[arguments.study] if arguments.study else None
@@ -74,8 +75,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             arguments.target,
             arguments.stage or (study.stage if study else "finetune"),
             Path(scratch),
-            source(arguments.data) if arguments.data else "",
-            arguments.skip_unreadable,
+            Data.model_validate(images(arguments)),
             arguments.model_version,
             arguments.seen,
         )
@@ -88,8 +88,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from prg.evaluation import evaluate, record
         from prg.images.sets import sample
 
-        name, images = target.material.evaluated(arguments.split)
-        result = evaluate(target.entry, sample(images, arguments.limit), name, target.version)
+        name, found = target.material.evaluated(arguments.split)
+        result = evaluate(target.entry, sample(found, arguments.limit), name, target.version)
     if arguments.write:
         record(arguments.target, result)
     if arguments.out:
@@ -130,8 +130,8 @@ def _write(report: "Report", arguments: argparse.Namespace, name: str) -> None:
 
     command = ["prg evaluate", _typed(arguments.target)]
     command += ["--data", Path(arguments.data).name] if arguments.data else []
-    for flag in ("split", "study", "stage", "limit", "judge"):
-        value = getattr(arguments, flag)
+    for flag in ("image-column", "label-column", "split", "study", "stage", "limit", "judge"):
+        value = getattr(arguments, flag.replace("-", "_"))
         command += [f"--{flag}", _typed(value) if isinstance(value, Path) else str(value)] if value else []
     command += ["--seen"] if arguments.seen else []
     command += ["--out", _typed(arguments.out)]

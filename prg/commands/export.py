@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from prg.commands.options import Commands
+from prg.commands.options import Commands, add_data, images
 
 
 def add(commands: Commands) -> None:
@@ -21,11 +21,7 @@ def add(commands: Commands) -> None:
         choices=("finetune", "pretrain"),
         help="pretrain: an entry without head, for /embed alone (default: finetune)",
     )
-    sub.add_argument(
-        "--data",
-        default="",
-        help="where RUN is an entry: images to fit the embedding to, with a head labelled ones",
-    )
+    add_data(sub, "where RUN is an entry: images to fit the embedding to, with a head labelled ones")
     sub.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), help="default: fp32, or that of the entry"
     )
@@ -48,18 +44,19 @@ def _export(arguments: argparse.Namespace) -> None:
 
     source, target, how = arguments.source, arguments.entry, (arguments.compact, arguments.prune)
     if (source / "config.pbtxt").is_file():
+        from prg.recipe import Data
         from prg.reexport import reexport
 
         if arguments.stage:
             raise DataError(f"{source}: an entry, which has one model; --stage is for a run")
         if not arguments.data:
             raise DataError(f"{source}: an entry; say with --data which images to fit the embedding to")
-        version = reexport(source, target, arguments.data, arguments.precision, *how)
+        version = reexport(source, target, Data.model_validate(images(arguments)), arguments.precision, *how)
     else:
         from prg.publish import publish
         from prg.training.run import open_run
 
-        if arguments.data:
+        if images(arguments):
             raise DataError(f"{source}: a run, whose embedding is fitted already; --data is for an entry")
         run = open_run(source)
         version = publish(run, arguments.stage or "finetune", target, arguments.precision or "fp32", *how)

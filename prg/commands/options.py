@@ -13,9 +13,20 @@ RECIPES = f"a .toml file or one of {', '.join(shipped_recipes())}"
 IMAGES = "images: a folder, parquet files, or a dataset's name on the hub"
 
 
+def add_data(sub: argparse.ArgumentParser, text: str = IMAGES) -> None:
+    """--data, and which columns of it are read."""
+    sub.add_argument("--data", help=text)
+    for what in ("image", "label"):
+        sub.add_argument(
+            f"--{what}-column",
+            metavar="NAME",
+            help=f"of parquet: the column of {what}s, where several could be",
+        )
+
+
 def add_overrides(sub: argparse.ArgumentParser, data: str = IMAGES) -> None:
     """--data and --set."""
-    sub.add_argument("--data", help=data)
+    add_data(sub, data)
     sub.add_argument(
         "--set",
         action="append",
@@ -33,13 +44,19 @@ def add_skip_unreadable(sub: argparse.ArgumentParser) -> None:
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    """What --set, --data and --skip-unreadable change of the recipe."""
-    changes = list(arguments.set)
-    if arguments.data:
-        changes.append(f"data.source={json.dumps(source(arguments.data))}")
-    if getattr(arguments, "skip_unreadable", False):
-        changes.append("data.skip_unreadable=true")
-    return changes
+    """What --set and the flags about images change of the recipe."""
+    return [*arguments.set, *(f"data.{key}={json.dumps(value)}" for key, value in images(arguments).items())]
+
+
+def images(arguments: argparse.Namespace) -> dict[str, str | bool]:
+    """What --data, the columns and --skip-unreadable change of a recipe's `data`."""
+    given = {
+        "source": source(arguments.data) if arguments.data else "",
+        "image_column": arguments.image_column,
+        "label_column": arguments.label_column,
+        "skip_unreadable": getattr(arguments, "skip_unreadable", False),
+    }
+    return {key: value for key, value in given.items() if value}
 
 
 def source(data: str) -> str:

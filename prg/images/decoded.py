@@ -42,7 +42,7 @@ def load_split(
     pixels = np.load(pixels_path, mmap_mode="r" if pixels_path.stat().st_size > MAPPED_BYTES else None)
     rows = np.load(rows_path)
     labels = rows["label"].astype(np.int64) if source.classes else None
-    return Images(pixels, labels, source.classes, rows["key"].copy())
+    return Images(pixels, labels, source.classes, rows["key"].copy(), source.why_unlabelled)
 
 
 def _decode(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prg.errors import DataError
-from prg.images.source import SPLITS, Row, Source, standard_name
+from prg.images.source import SPLITS, Row, Source, composed, standard_name
 from prg.images.walk import image_files, listed, other_files
 
 
@@ -54,9 +54,9 @@ def _images_in(folder: Path) -> Source:
             f"{split}/{name}; else name {folder / name} itself"
         )
     why = f"{len(loose)} of its images, such as {loose[0]}, are in no sub-folder" if loose else ""
-    classes = () if loose else tuple(sorted({parts[0] for parts in names}))
+    classes = () if loose else tuple(sorted({composed(parts[0]) for parts in names}))
     number = {name: i for i, name in enumerate(classes)}
-    labels = [number.get(parts[0], 0) for parts in names]
+    labels = [number.get(composed(parts[0]), 0) for parts in names]
 
     def rows() -> Iterator[Row]:
         for file, label in zip(files, labels, strict=True):

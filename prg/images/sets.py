@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prg.errors import DataError
-from prg.images.source import Source
+from prg.images.source import Source, composed
 
 KEPT = 64
 """Keys of images trained on that a model keeps, by which they are known again elsewhere."""
@@ -23,6 +23,8 @@ class Images:
     """Names by label; empty without labels."""
     keys: np.ndarray  # uint64 [N]
     """Which image each is, by a digest of its encoded bytes."""
+    why_unlabelled: str = ""
+    """As their source says it."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -30,7 +32,7 @@ class Images:
     def subset(self, index: np.ndarray) -> "Images":
         """The images at `index`, copied into memory."""
         labels = None if self.labels is None else self.labels[index]
-        return Images(self.pixels[index], labels, self.classes, self.keys[index])
+        return replace(self, pixels=self.pixels[index], labels=labels, keys=self.keys[index])
 
     def unlabelled(self) -> "Images":
         """The same images without their labels."""
@@ -78,7 +80,7 @@ def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images
     Raises DataError for images without labels, or of a class that training never saw.
     """
     if images.labels is None:
-        raise DataError(f"{where}: no labels")
+        raise DataError(f"{where}: no labels{images.why_unlabelled and ': '}{images.why_unlabelled}")
     number = numbers_of(images.classes, trained)
     unknown = [images.classes[i] for i, n in enumerate(number) if n is None]
     if unknown:
@@ -91,9 +93,11 @@ def numbers_of(classes: Sequence[str], trained: tuple[str, ...]) -> list[int | N
 
     Data that numbers its classes from 0, as many as there are, but names none, has them in training's order.
     """
-    if set(classes) != set(trained) and set(classes) == {str(i) for i in range(len(trained))}:
-        return [int(name) for name in classes]
-    return [trained.index(name) if name in trained else None for name in classes]
+    number = {composed(name): i for i, name in enumerate(trained)}
+    own = [composed(name) for name in classes]
+    if set(own) != set(number) and set(own) == {str(i) for i in range(len(trained))}:
+        return [int(name) for name in own]
+    return [number.get(name) for name in own]
 
 
 def check_classes_were_seen(trained: tuple[str, ...], seen: set[int], splits: Mapping[str, Source]) -> None:

@@ -1,5 +1,6 @@
 """One split of images before decoding, and the names that splits go by."""
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -27,9 +28,14 @@ class Source:
     labels: Callable[[], set[int]]
     """The labels that occur; no image is read for it."""
     why_unlabelled: str = ""
-    """What would have to change for its folders to be classes; empty where there are none."""
+    """What would have to change for it to have labels; empty where nothing is known."""
     skipped: Callable[[], str] = str
     """Which of its files are skipped because of their ending."""
+
+
+def composed(name: str) -> str:
+    """A class's name as names are compared, in Unicode's NFC: a Mac writes ä as an a and its dots."""
+    return unicodedata.normalize("NFC", name)
 
 
 def standard_name(split: str) -> str:

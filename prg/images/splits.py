@@ -10,23 +10,32 @@ from prg.images.source import Source, standard_name
 from prg.images.walk import SUFFIXES, all_files
 
 
-def splits(source: str) -> dict[str, Source]:
-    """The splits of a source, by name. Raises DataError where there is nothing to read."""
+def splits(source: str, image_column: str = "", label_column: str = "") -> dict[str, Source]:
+    """The splits of a source, by name.
+
+    image_column, label_column: of parquet, which columns are read; empty: as the files say.
+    Raises DataError where there is nothing to read, or it is not clear which column.
+    """
+    columns = image_column, label_column
     folder = Path(source)
     if folder.is_dir():
         parquet = [file for file in all_files(folder) if file.suffix == ".parquet"]
         if parquet:
             from prg.images.parquet import parquet_splits  # only here: pyarrow is an extra
 
-            found = parquet_splits(parquet, folder)
+            found = parquet_splits(parquet, folder, *columns)
         else:
+            if any(columns):
+                note(
+                    f"{source}: a folder of images, so {' and '.join(filter(None, columns))} is no column of it"
+                )
             found = folder_splits(folder)
     elif folder.is_absolute() or source.startswith((".", "~")) or source.endswith("/") or folder.exists():
         raise DataError(f"{source}: no such folder")
     else:
         from prg.images.parquet import hub_splits
 
-        found = hub_splits(source)
+        found = hub_splits(source, *columns)
     if not any(split.count for split in found.values()):
         raise DataError(
             f"{source}: no images found; expected sub-folders of images ({', '.join(SUFFIXES)}), or parquet files"

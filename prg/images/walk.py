@@ -50,7 +50,8 @@ def listed(folder: Path) -> tuple[list[Path], list[Path]]:
 
     os.walk and Path.glob would leave out what they may not read, without a word.
     """
-    folders, files = [], []
+    folders: list[Path] = []
+    files: list[Path] = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if not is_hidden(entry.name):

@@ -78,8 +78,9 @@ def _classes(head: dict[str, Tensor], recipe: Recipe, path: Path) -> tuple[str, 
     count = 0 if last is None or not last.ndim else len(last)
     names = recipe.data.labels
     if not names and recipe.data.source:
-        found = splits(recipe.data.source)
-        names = next((s.classes for name, s in found.items() if name == recipe.data.train), ())
+        data = recipe.data
+        found = splits(data.source, data.image_column, data.label_column)
+        names = next((s.classes for name, s in found.items() if name == data.train), ())
     if len(names) != count:
         raise CheckpointError(
             f"{path}: its head has {count} classes, the recipe names {len(names)}; "

@@ -50,7 +50,7 @@ class Run:
         data = self.recipe.data
         if not data.source:
             raise DataError("the recipe names no images: say where they are with --data")
-        found = splits(data.source)
+        found = splits(data.source, data.image_column, data.label_column)
         train = choose_split(found, data.train, data.source)
         return train, rename_classes(found, train, data.labels, data.source)
 
@@ -99,7 +99,8 @@ class Run:
         if not source.classes:
             why = f": {source.why_unlabelled}" if source.why_unlabelled else ""
             raise DataError(
-                f"{data.source}: no labels; fine-tuning needs one sub-folder of images a class{why}"
+                f"{data.source}: no labels; fine-tuning needs one sub-folder of images a class, or a column of "
+                f"labels{why}"
             )
         seen = source.labels()
         if len(seen) < 2:

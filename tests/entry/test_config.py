@@ -139,7 +139,15 @@ def test_a_version_that_is_gone_or_not_listed_fails_alone(tmp_path: Path) -> Non
 
 
 def test_hidden_folders_are_no_entries(tmp_path: Path) -> None:
-    for name in (".snapshot", "..2026_11_27", ".ipynb_checkpoints", "@eaDir", "lost+found", "__MACOSX", "good"):
+    for name in (
+        ".snapshot",
+        "..2026_11_27",
+        ".ipynb_checkpoints",
+        "@eaDir",
+        "lost+found",
+        "__MACOSX",
+        "good",
+    ):
         write_tiny_entry(tmp_path, name)
     assert list(find_entries(tmp_path)) == ["good"]
 

@@ -98,6 +98,14 @@ def test_facts_of_another_version_are_refused(tmp_path: Path) -> None:
         read_facts(path)
 
 
+def test_facts_from_before_columns_had_names_are_read(tmp_path: Path) -> None:
+    path, table = tmp_path / "c.safetensors", FACTS.model_dump(mode="json")
+    for key in ("image_column", "label_column"):
+        del table["recipe"]["data"][key]
+    save_file({"w": torch.ones(1)}, path, {"format": FORMAT, "prg": json.dumps(table)})
+    assert read_facts(path) == FACTS
+
+
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [

@@ -16,6 +16,7 @@ from prg.cli import main
 from prg.errors import DataError
 from prg.images.held_out import hold_out, key_of, knows, never_trained_on
 from prg.images.sets import Images
+from prg.recipe import Data
 from prg.target import open_target
 from prg.training.run import open_run
 
@@ -97,7 +98,7 @@ def test_added_and_renamed_images_are_never_evaluated_on_if_trained_on(
             shutil.copy(file, grown / "train" / colour / f"a {file.name}")
     was_trained, was_held_out = trained_on(home / "run")
     for target in (home / "run", home / "entry"):
-        material = open_target(target, "finetune", tmp_path / target.name, str(grown)).material
+        material = open_target(target, "finetune", tmp_path / target.name, Data(source=str(grown))).material
         name, images = material.evaluated()
         assert name == "photos/held-out"
         keys = set(images.keys.tolist())
@@ -175,7 +176,7 @@ def test_the_smallest_share_of_all_trainings_counts(begin: str, home: Path, tmp_
     assert [line.split(":")[0] for line in facts.history][:2] == ["pretrain", "finetune"]
     assert main(["export", str(run), str(entry)]) == 0
     assert read_entry(entry).prg.versions["1"].held_out == 0.3
-    for target, data in ((run, ""), (entry, str(home / "photos"))):
+    for target, data in ((run, Data()), (entry, Data(source=str(home / "photos")))):
         material = open_target(target, "finetune", tmp_path / target.name, data).material
         assert set(material.training()[1].keys.tolist()) == trained_on(home / "run")[1]
 

@@ -15,6 +15,7 @@ from prg.checkpoint import load_checkpoint, load_strictly
 from prg.cli import main
 from prg.errors import DataError
 from prg.paths import PATHS, VelocityField, vp_alpha, vp_sigma
+from prg.recipe import Data
 from prg.target import open_target
 from prg.training.run import open_run
 from prg.unet import UNet
@@ -130,7 +131,10 @@ def test_it_fine_tunes_evaluates_exports_like_our_own(
     training = prg.versions["1"].training
     assert training["history"][0].startswith("import: diffusers ")
     assert str(tmp_path) not in json.dumps(training)
-    for target, data in ((run, ""), (entry, str(photos))):  # what it saw elsewhere, nobody knows
+    for target, data in (
+        (run, Data()),
+        (entry, Data(source=str(photos))),
+    ):  # what it saw elsewhere, nobody knows
         material = open_target(target, "finetune", tmp_path / target.name, data).material
         assert material.held_out is None
         with pytest.raises(DataError, match="--seen"):

@@ -92,7 +92,10 @@ def test_a_fine_tuning_says_what_it_trains_on(
         (bare / colour / "0.png").rename(bare / f"{colour}.png")
     assert main(["finetune", str(tmp_path / "other"), *command(bare), *init]) == 1
     assert "images to train on" not in (error := capsys.readouterr().err)
-    assert "no labels; fine-tuning needs one sub-folder of images a class: 3 of its images" in error
+    assert (
+        "no labels; fine-tuning needs one sub-folder of images a class, or a column of labels: 3 of its images"
+        in error
+    )
 
 
 def test_too_few_images_to_hold_some_out(
