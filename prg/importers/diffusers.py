@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from prg.console import note
 from prg.errors import CheckpointError
 from prg.importers.imported import Imported, read_tensors
 from prg.recipe import load_recipe
 from prg.unet import UNetConfig
 
 TIMES = 1000
+WEIGHTS = "diffusion_pytorch_model"
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+"""Of the plain weights, the preferred ones first; a variant has its name in between."""
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -88,6 +92,16 @@ class Network(_Table):
     downsample_padding: Literal[0, 1] = 1
     flip_sin_to_cos: bool = True
     freq_shift: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("sample_size", mode="before")
+    @classmethod
+    def _one_side(cls, value: object) -> object:
+        """A pair (height, width) says the same where both are equal."""
+        if not isinstance(value, list) or len(value) != 2:
+            return value
+        if value[0] != value[1]:
+            raise ValueError("images are square here")
+        return value[0]
 
 
 RESNET = {
@@ -269,23 +283,57 @@ def _read(path: Path, kind: type[Table]) -> tuple[Table, str]:
     try:
         return kind.model_validate_json(json.dumps(table)), str(found.get("_diffusers_version", ""))
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+        wrong = [
+            f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise CheckpointError(f"{path}: no DDPM that can be reversed here ({'; '.join(wrong)})") from None
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    name = "diffusion_pytorch_model"
-    safe, pickled = folder / f"{name}.safetensors", folder / f"{name}.bin"
-    if safe.is_file():
+    """(the file, or the index of its shards, and the tensors): the plain ones, else the one variant, such as fp16."""
+    plain = [folder / f"{WEIGHTS}{ending}" for ending in ENDINGS]
+    there = sorted(p for p in folder.glob(f"{WEIGHTS}*") if p.suffix in (".safetensors", ".bin", ".json"))
+    shards = [p for p in there if "-of-" in p.name]
+    variants = [p for p in there if p not in shards]
+    variants = [p for p in variants if ".safetensors" in p.name] or variants
+    found = [p for p in plain if p in there][:1] or variants
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise CheckpointError(f"{folder}: weights of several variants: {names}; leave the one to import")
+    if not found:
+        lone = f", which lists the shards that are there, such as {shards[0].name}" if shards else ""
+        needed = plain[1].name if shards else f"{plain[0].name} or {plain[2].name}"
+        raise CheckpointError(f"{folder}: no weights; {needed} is needed{lone}")
+    path = found[0]
+    if path not in plain:
+        note(f"{path}: a variant of the weights, as exact as it was saved")
+    return path, _read_shards(path) if path.suffix == ".json" else _read_file(path)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        names = sorted({Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{index}: no index of weights, whose weight_map has each tensor's file"
+        ) from None
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(
+            f"{index}: lists {', '.join(missing)}, which is not there; all its files are needed"
+        )
+    return {k: tensor for name in names for k, tensor in _read_file(index.parent / name).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
         try:
-            return safe, load_file(safe)
+            return load_file(path)
         except SafetensorError as error:
-            raise CheckpointError(f"{safe}: not a readable safetensors file ({error})") from None
-    if not pickled.is_file():
-        raise CheckpointError(f"{folder}: no weights; {safe.name} or {pickled.name} is needed")
-    tensors = read_tensors(pickled)
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    tensors = read_tensors(path)
     if not isinstance(tensors, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
     ):
-        raise CheckpointError(f"{pickled}: not a table of tensors by name")
-    return pickled, tensors
+        raise CheckpointError(f"{path}: not a table of tensors by name")
+    return tensors

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from workshop import image_folder
 
 from entry.config import read_entry
@@ -178,6 +178,60 @@ def test_other_layouts_of_the_same_network(layout: str, folder: Path, original: 
     assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
+SAFE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("index", [f"{SAFE}.index.json", f"{SAFE}.index.fp16.json"])
+def test_weights_in_shards(index: str, folder: Path, original: Path, tmp_path: Path) -> None:
+    change(folder / "config.json", sample_size=[16, 16])
+    diffusers.UNet2DModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*-of-*"))) > 1
+    (folder / SAFE).unlink(missing_ok=True)
+    (folder / f"{SAFE}.index.json").rename(folder / index)
+    assert imports(folder, tmp_path / "run") == 0
+    assert imports(original, tmp_path / "other") == 0
+    found, expected = (imported_network(tmp_path / name).state_dict() for name in ("run", "other"))
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+def test_shards_that_lack_and_shards_without_an_index(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (folder / SAFE).rename(folder / shards[0])
+    assert imports(folder, tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert (
+        f"no weights; {SAFE}.index.json is needed, which lists the shards that are there, such as {shards[0]}"
+        in said
+    )
+    index = folder / f"{SAFE}.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    assert imports(folder, tmp_path / "run") == 1
+    assert f"index.json: lists {shards[1]}, which is not there" in capsys.readouterr().err
+    index.write_text("[]")
+    assert imports(folder, tmp_path / "run") == 1
+    assert "index.json: no index of weights" in capsys.readouterr().err
+
+
+def test_a_variant_is_read_where_it_is_the_only_one(
+    folder: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = {k: v.half() for k, v in load_file(folder / SAFE).items()}
+    fp16 = folder / "diffusion_pytorch_model.fp16.safetensors"
+    save_file(half, fp16)
+    assert imports(folder, tmp_path / "plain") == 0  # the full ones go before it
+    assert "variant" not in capsys.readouterr().err
+    (folder / SAFE).unlink()
+    assert imports(folder, tmp_path / "run") == 0
+    assert "fp16.safetensors: a variant of the weights" in capsys.readouterr().err
+    expected, found = (imported_network(tmp_path / name).state_dict() for name in ("plain", "run"))
+    assert all(torch.equal(found[k], v.half().float()) for k, v in expected.items())
+    shutil.copy(fp16, folder / "diffusion_pytorch_model.non_ema.safetensors")
+    assert imports(folder, tmp_path / "other") == 1
+    assert f"several variants: {fp16.name}, diffusion_pytorch_model.non_ema" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "keys", "said"),
     [
@@ -209,6 +263,7 @@ def test_other_layouts_of_the_same_network(layout: str, folder: Path, original: 
         ("config.json", {"attention_head_dim": [8, 8]}, "attention_head_dim is [8, 8]"),
         ("config.json", {"norm_num_groups": None}, "norm_num_groups is None"),
         ("config.json", {"sample_size": -16}, "sample_size is -16"),
+        ("config.json", {"sample_size": [16, 32]}, "sample_size is [16, 32]: images are square here"),
         (
             "scheduler_config.json",
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
