@@ -8,11 +8,14 @@ import numpy as np
 from entry.config import Accuracy, Entry, EntryError, read_entry, write_entry
 from entry.runner import Runner
 from prg.console import track
-from prg.export import write_card
+from prg.export import BY_CLASS, write_card
 from prg.images.sets import Images, same_classes
 
 BATCH = 64
 BINS = 15
+FEW_CLASSES = 20
+ENDS = 5
+"""Worst and best classes that are shown where there are more than a few."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,24 @@ class Evaluation:
     accuracy: Accuracy
     confusion: np.ndarray  # [K, K] counts, rows the true class
     reliability: Reliability
+
+    @property
+    def by_class(self) -> list[tuple[str, int, float | None]]:
+        """(class, images, top-1) of each class; None without images."""
+        counts, right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        labels = self.entry.prg.labels or ()
+        return [
+            (name, n, round(r / n, 6) if n else None)
+            for name, n, r in zip(labels, counts, right, strict=True)
+        ]
+
+    @property
+    def telling_classes(self) -> list[tuple[str, int, float | None]]:
+        """All of `by_class` where they are few, else the worst and the best of them."""
+        if len(self.by_class) <= FEW_CLASSES:
+            return self.by_class
+        ranked = sorted((row for row in self.by_class if row[1]), key=lambda row: row[2] or 0.0)
+        return ranked[:ENDS] + ranked[ENDS:][-ENDS:]
 
 
 def evaluate(
@@ -107,7 +128,10 @@ def record(directory: Path, evaluation: Evaluation) -> None:
     if version is None or version.sha256 != evaluation.entry.prg.versions[evaluation.version].sha256:
         raise EntryError(f"{directory}: version {evaluation.version} was replaced meanwhile; evaluate again")
     others = tuple(a for a in version.accuracy if a.data != evaluation.accuracy.data)
-    updated = version.model_copy(update={"accuracy": (*others, evaluation.accuracy)})
+    # Into the part of an entry that is free: its other keys are fixed.
+    by_class = version.training.get(BY_CLASS, {}) | {evaluation.accuracy.data: evaluation.telling_classes}
+    training = version.training | {BY_CLASS: by_class}
+    updated = version.model_copy(update={"accuracy": (*others, evaluation.accuracy), "training": training})
     versions = entry.prg.versions | {evaluation.version: updated}
     entry = Entry(entry.name, entry.prg.model_copy(update={"versions": versions}))
     write_entry(directory, entry)

@@ -47,6 +47,8 @@ TOLERANCES = {
 }
 SAME_BATCH = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 OTHER_BATCH = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+BY_CLASS = "by_class"
+"""Key of a version's `training` for what `prg evaluate --write` found of single classes, by the name of the data."""
 LEVELS = (1.0, 0.9, 0.8, 0.55, 0.3, 0.0)
 
 
@@ -232,9 +234,19 @@ def write_card(directory: Path, entry: Entry) -> None:
         lines += [f"| {a.data} | {a.images} | {a.top1:.4f} | {a.top5:.4f} |" for a in version.accuracy] or [
             "| not evaluated yet | | | |"
         ]
-        facts = {k: v for k, v in version.training.items() if k != "trained_on"}
+        by_class = version.training.get(BY_CLASS, {})
+        for figures in version.accuracy:
+            if rows := by_class.get(figures.data):
+                lines += _classes(figures.data, rows, len(prg.labels or ()))
+        facts = {k: v for k, v in version.training.items() if k not in ("trained_on", BY_CLASS)}
         lines += ["", "Training:", "", *(f"- {k}: {_written(v)}" for k, v in facts.items())]
     write_atomically(directory / "MODEL_CARD.md", ("\n".join(lines) + "\n").encode())
+
+
+def _classes(data: str, rows: list[tuple[str, int, float | None]], classes: int) -> list[str]:
+    some = f", the worst and the best of {classes}" if len(rows) < classes else ""
+    lines = ["", f"Classes of {data}{some}:", "", "| class | images | top-1 |", "|---|---|---|"]
+    return lines + [f"| {name} | {n} | {'' if top1 is None else f'{top1:.4f}'} |" for name, n, top1 in rows]
 
 
 def _written(value: object) -> str:

@@ -9,7 +9,7 @@ import torch
 from entry.config import Prg
 from prg.console import note
 from prg.errors import DataError, ExportError, FittingError
-from prg.export import DTYPES, LEVELS, Export, Precision, export, relative_difference
+from prg.export import BY_CLASS, DTYPES, LEVELS, Export, Precision, export, relative_difference
 from prg.extractor import Extractor
 from prg.images.decoded import load_split
 from prg.images.held_out import hold_out
@@ -53,12 +53,13 @@ def reexport(
     encoder.net.to(DTYPES[prg.precision])
     _prove_same_logits(opened, extractor)
     assert fitted.on is not None
+    kept = {k: v for k, v in version.training.items() if k != BY_CLASS}  # of accuracies that go with it
     about = {"fitted_on": fitted.on.model_dump(mode="json")}
     described = Export(
         image=prg.image,
         t_end=prg.t_end,
         feature=prg.feature if prg.features.embedding else "embedding",
-        training=version.training | about | ({"head_input": opened.head_input} if head else {}),
+        training=kept | about | ({"head_input": opened.head_input} if head else {}),
         held_out=version.held_out,
         labels=prg.labels,
         classify_t_end=prg.classify_t_end,

@@ -133,7 +133,9 @@ def _write(report: "Report", arguments: argparse.Namespace, name: str) -> None:
     for flag in ("image-column", "label-column", "split", "study", "stage", "limit", "judge"):
         value = getattr(arguments, flag.replace("-", "_"))
         command += [f"--{flag}", _typed(value) if isinstance(value, Path) else str(value)] if value else []
-    command += ["--seen"] if arguments.seen else []
+    command += [
+        f"--{flag}" for flag in ("skip-unreadable", "seen") if getattr(arguments, flag.replace("-", "_"))
+    ]
     command += ["--out", _typed(arguments.out)]
     facts = {"command": " ".join(command), **report.conditions, **conditions()}
     for path in write(replace(report, conditions=facts), arguments.out, name):

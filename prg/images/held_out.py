@@ -7,6 +7,7 @@ copy is another image.)
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -77,11 +78,24 @@ def knows(kept: tuple[str, ...], images: Images) -> bool:
     The keys are the smallest of its images. So of an image whose key lies between them it is known whether it was
     trained on, and the share of these stands for the share of all.
     """
+    known, inside = _between(kept, images)
+    return known > 0 and (known == inside or (known > 1 and 10 * known > inside))
+
+
+def are_others(trainings: Sequence[tuple[str, ...]], images: Images) -> bool:
+    """Whether it is seen that none of the trainings, which kept these keys each, was made on these images.
+
+    That is where no key is among theirs, though some of theirs lie between those of a training.
+    """
+    found = [_between(kept, images) for kept in trainings]
+    return not any(known for known, _ in found) and any(inside for _, inside in found)
+
+
+def _between(kept: tuple[str, ...], images: Images) -> tuple[int, int]:
+    """(how many of these keys the images have, how many images lie between the keys)."""
     keys = np.array([int(key, 16) for key in kept], np.uint64)
     own = np.unique(images.keys)
-    inside = int(((own >= keys[0]) & (own <= keys[-1])).sum())
-    known = len(np.intersect1d(own, keys))
-    return known > 0 and (known == inside or (known > 1 and 10 * known > inside))
+    return len(np.intersect1d(own, keys)), int(((own >= keys[0]) & (own <= keys[-1])).sum())
 
 
 def _without_training(images: Images, held: np.ndarray) -> list[str]:

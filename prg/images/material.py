@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prg.errors import DataError
-from prg.images.held_out import hold_out, knows
+from prg.images.held_out import are_others, hold_out, knows
 from prg.images.sets import Images
 from prg.images.source import Source, standard_name
 from prg.images.splits import choose_evaluated, choose_split
 
-OTHERS = "name a test split or other images, or evaluate on these all the same with --seen"
+OTHERS = "name a test split or other images with --data, or evaluate on these all the same with --seen"
 SHARE = 0.2
 """Held out from the training split of a model that may have seen all of it, where that is asked for."""
 
@@ -42,12 +42,16 @@ class Material:
     def evaluated(self, wanted: str = "") -> tuple[str, Images]:
         """(name, images) to evaluate on: the split `wanted`, else the one for that.
 
-        Of the training split, and of one that holds images trained on whatever its name, what was held out.
-        Raises DataError where that is not known.
+        Of images trained on, what was held out. They are known by their keys, whatever the name of their split. One
+        that is called as the training split is taken for it unless the keys show that it is not.
+        Raises DataError where it is not known what was held out.
         """
         chosen = choose_evaluated(self.found, wanted or self.test, self.source, self.train)
         images = self.load(self.found[chosen])
         trained_on = standard_name(chosen) == standard_name(self.train)
+        # Where the share is not known, neither are all trainings.
+        if trained_on and self.held_out is not None and are_others(self.trained_on, images):
+            return f"{self.name}/{chosen} (not trained on)", images
         if not trained_on and not any(knows(kept, images) for kept in self.trained_on):
             return f"{self.name}/{chosen}", images
         if self.seen:
@@ -65,7 +69,9 @@ class Material:
     def _divide(self, images: Images) -> tuple[Images, Images]:
         share = self.held_out or (SHARE if self.seen else None)
         if share is None:
+            fitted = " (with --freeze, the head is fitted to all it is given)" if self.held_out == 0 else ""
             raise DataError(
-                f"{self.source}: the model may have been trained on these images, and holds none of them out; {OTHERS}"
+                f"{self.source}: the model may have been trained on these images, and holds none of them out{fitted}; "
+                f"{OTHERS}"
             )
         return hold_out(images, share, OTHERS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from prg.console import note
 from prg.errors import DataError
 from prg.images.folders import folder_splits
-from prg.images.source import Source, standard_name
+from prg.images.source import Source, composed, standard_name
 from prg.images.walk import SUFFIXES, all_files
 
 
@@ -68,9 +68,13 @@ def choose_evaluated(found: dict[str, Source], wanted: str, source: str, train: 
 def rename_classes(
     found: dict[str, Source], train: str, labels: tuple[str, ...], source: str
 ) -> dict[str, Source]:
-    """The splits under other class names, given in the order of the training split's classes. Raises DataError."""
-    own = found[train].classes
-    if not labels:
+    """The splits under other class names, given in the order of the training split's classes. Raises DataError.
+
+    Where there is no such split, as in images to evaluate on, those of the first one that has classes.
+    """
+    named = [split for name, split in found.items() if standard_name(name) == standard_name(train)]
+    own = next((split.classes for split in named or found.values() if split.classes), ())
+    if not labels or (own and {composed(name) for name in own} <= {composed(name) for name in labels}):
         return found
     if len(labels) != len(own):
         raise DataError(f"data.labels has {len(labels)} names, but {source} has {len(own)} classes")

@@ -11,19 +11,17 @@ def accuracy(evaluation: Evaluation, model: str) -> Report:
     figures, calibrated = evaluation.accuracy, evaluation.reliability
     labels = evaluation.entry.prg.labels or ()
     rows: list[tuple[Cell, ...]] = [
-        ("top-1", figures.top1),
-        ("top-5", figures.top5),
-        (f"expected calibration error, {BINS} bins", calibrated.ece),
-        ("negative log-likelihood, nats", calibrated.nll),
+        ("top-1", figures.images, figures.top1),
+        ("top-5", figures.images, figures.top5),
+        (f"expected calibration error, {BINS} bins", figures.images, calibrated.ece),
+        ("negative log-likelihood, nats", figures.images, calibrated.nll),
+        *((f"top-1 of {label}", count, top1) for label, count, top1 in evaluation.by_class),
     ]
-    for i, label in enumerate(labels):
-        count = int(evaluation.confusion[i].sum())
-        rows.append((f"top-1 of {label}", int(evaluation.confusion[i, i]) / count if count else None))
     return Report(
         title="Accuracy",
         about=f"The exported module on {figures.data}, with the preprocessing that is served. The figure shows "
         "which class is taken for which (rows the true one), and how often the model is right where it is so sure.",
-        columns=("what", "value"),
+        columns=("what", "images", "value"),
         rows=rows,
         figures={"": _drawing(evaluation)},
         facts={

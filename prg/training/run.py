@@ -45,14 +45,19 @@ class Run:
             write_atomically(path, content)
 
     @cached_property
-    def sources(self) -> tuple[str, dict[str, Source]]:
-        """(the name of the training split, all splits by name), undecoded, under the recipe's class names."""
+    def found(self) -> dict[str, Source]:
+        """All splits by name, undecoded, under the recipe's class names. Raises DataError."""
         data = self.recipe.data
         if not data.source:
             raise DataError("the recipe names no images: say where they are with --data")
         found = splits(data.source, data.image_column, data.label_column)
-        train = choose_split(found, data.train, data.source)
-        return train, rename_classes(found, train, data.labels, data.source)
+        return rename_classes(found, data.train, data.labels, data.source)
+
+    @property
+    def sources(self) -> tuple[str, dict[str, Source]]:
+        """(the name of the training split, all splits). Raises DataError where there is none to train on."""
+        data = self.recipe.data
+        return choose_split(self.found, data.train, data.source), self.found
 
     @property
     def evaluated(self) -> str:
@@ -86,11 +91,9 @@ class Run:
 
     def material(self, stage: Stage, seen: bool = False) -> Material:
         """The images that the run's model of that stage may be evaluated on."""
-        train, found = self.sources
         facts, data = read_facts(self.checkpoint(stage)), self.recipe.data
-        return Material(
-            data.source, found, train, data.test, facts.held_out, facts.trained_on, seen, self.load
-        )
+        known = facts.held_out, facts.trained_on
+        return Material(data.source, self.found, data.train, data.test, *known, seen, self.load)
 
     def check_classes(self) -> None:
         """Raise DataError, before any work, where labels lack, or a split has a class that training lacks."""

@@ -14,7 +14,7 @@ from entry.config import read_entry
 from prg.checkpoint import read_facts
 from prg.cli import main
 from prg.errors import DataError
-from prg.images.held_out import hold_out, key_of, knows, never_trained_on
+from prg.images.held_out import are_others, hold_out, key_of, knows, never_trained_on
 from prg.images.sets import Images
 from prg.recipe import Data
 from prg.target import open_target
@@ -161,7 +161,12 @@ def test_too_small_an_inherited_share_is_refused_before_training(
     assert "a share of 0.3 holds out" in (said := capsys.readouterr().err)
     assert "begin from a model that held out more" in said
     assert not (tmp_path / "run" / "finetune" / CHECKPOINT).exists()
-    assert main(["evaluate", str(home / "entry"), "--data", str(few), "--split", "train"]) == 1
+    trained = tmp_path / "trained"
+    for i, colour in enumerate(("red", "green", "blue")):
+        for file in sorted((home / "photos" / "train" / colour).iterdir())[i : i + 3]:
+            (trained / colour).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, trained / colour)
+    assert main(["evaluate", str(home / "entry"), "--data", str(trained)]) == 1
     assert "--seen" in capsys.readouterr().err
 
 
@@ -209,9 +214,60 @@ def test_a_head_fitted_to_all_images_asks_for_others(
     assert main(["finetune", str(tmp_path / "run"), *command(home / "photos"), *init]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 1
     assert "name a test split or other images" in capsys.readouterr().err
-    other = image_folder(tmp_path / "other", each=4, splits=("test",), seed=3)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "few")]) == 0
+    assert main(["evaluate", str(tmp_path / "few"), "--data", str(home / "photos")]) == 1
+    assert "holds none of them out (with --freeze, the head is fitted to all" in capsys.readouterr().err
+    other = image_folder(tmp_path / "other", each=4, splits=("test",), seed=3)
     assert main(["evaluate", str(tmp_path / "few"), "--data", str(other)]) == 0
+
+
+def test_other_images_are_taken_whole_though_their_folder_is_called_train(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where nothing was held out. Their keys show it; where these show nothing, the name counts."""
+    run, few = tmp_path / "run", tmp_path / "few"
+    init = ["--init", str(home / "entry"), "--freeze"]
+    assert main(["finetune", str(run), *command(home / "photos"), *init]) == 0
+    assert main(["export", str(run), str(few)]) == 0
+    other = image_folder(tmp_path / "other", each=4, splits=("train",), seed=3)
+    for target in (run, few, home / "entry"):
+        for data in (other, other / "train"):  # of splits, or of classes alone
+            capsys.readouterr()
+            assert main(["evaluate", str(target), "--data", str(data)]) == 0
+            found = json.loads(capsys.readouterr().out.splitlines()[-1])
+            assert (found["data"], found["images"]) == (f"{data.name}/train (not trained on)", 12)
+    shutil.copy(next((home / "photos" / "train" / "red").iterdir()), other / "train" / "red" / "known.png")
+    assert main(["evaluate", str(few), "--data", str(other)]) == 1
+    assert "may have been trained on these images" in capsys.readouterr().err
+
+
+def test_keys_show_others_only_where_they_show_something() -> None:
+    images = made(4000)
+    trained, fresh = images.subset(np.arange(2000)), images.subset(np.arange(2000, 4000))
+    assert are_others([trained.kept_keys], fresh)
+    assert not are_others([trained.kept_keys], trained)
+    assert not are_others([trained.kept_keys, fresh.kept_keys], fresh)
+    assert not are_others([], fresh)
+    largest = np.argsort(trained.keys)[-20:]  # none of those whose keys are kept
+    assert not are_others([trained.kept_keys], trained.subset(largest))
+
+
+def test_a_run_is_evaluated_on_a_folder_without_images_to_train_on(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = image_folder(tmp_path / "other", each=4, splits=("test",), seed=3)
+    assert main(["evaluate", str(home / "run"), "--data", str(other)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "other/test"
+    assert main(["evaluate", str(home / "run"), "--data", str(other), "--split", "train"]) == 1
+    assert "no split 'train' (there are: test)" in capsys.readouterr().err
+
+
+def test_images_named_as_the_recipe_names_its_classes_keep_their_names(home: Path, tmp_path: Path) -> None:
+    other = image_folder(tmp_path / "other", each=1, splits=("test",))
+    recipe = open_run(
+        home / "run", None, [f"data.source={other}", 'data.labels=["red", "green", "blue", "grey"]']
+    )
+    assert recipe.found["test"].classes == ("blue", "green", "red")
 
 
 def test_training_on_another_split_than_train(

@@ -42,6 +42,7 @@ def test_an_entry_of_an_entry_has_its_logits_and_another_embedding(
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     assert main(["export", str(run), str(old)]) == 0
+    assert main(["evaluate", str(old), "--data", str(photos), "--write"]) == 0
     others = image_folder(tmp_path / "others", each=60, seed=9)
     assert main(["export", str(old), str(new), "--data", str(others)]) == 0
     before, after = (
@@ -53,6 +54,8 @@ def test_an_entry_of_an_entry_has_its_logits_and_another_embedding(
     assert not np.allclose(before[2][:, :5], after[2][:, :5], rtol=0.01)
     first, second = (read_entry(entry).prg.versions["1"] for entry in (old, new))
     assert first.encoder != second.encoder
+    assert "by_class" in first.training
+    assert "by_class" not in second.training  # nor has it an accuracy
     assert (second.held_out, second.training["history"]) == (first.held_out, first.training["history"])
     assert second.calibration is not None
     assert second.training["fitted_on"]["images"] < 180

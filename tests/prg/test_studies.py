@@ -159,7 +159,7 @@ def test_accuracy_as_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["evaluate", str(run), "--out", str(tmp_path)]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = json.loads((tmp_path / "accuracy.json").read_text())
-    assert found["results"][0] == {"what": "top-1", "value": printed["top1"]}
+    assert found["results"][0] == {"what": "top-1", "images": printed["images"], "value": printed["top1"]}
     assert np.array(found["confusion"]).sum() == printed["images"] == 120
     assert np.array(found["confusion"]).trace() == pytest.approx(120 * printed["top1"], abs=0.01)
     assert (tmp_path / "accuracy.png").stat().st_size > 1000

@@ -1,6 +1,8 @@
 """From a folder of images to a served entry, by the commands a user types."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,16 @@ def test_measured_accuracy_is_served_accuracy(
     assert main(["export", str(run), str(entry)]) == 0
     assert main(["evaluate", str(entry), "--data", str(photos), "--write"]) == 0
     assert figures(capsys.readouterr().out) == printed
-    assert f"{of_run['top1']:.4f}" in (entry / "MODEL_CARD.md").read_text()
+    card = (entry / "MODEL_CARD.md").read_text()
+    assert f"| photos/test | 120 | {of_run['top1']:.4f} | 1.0000 |" in card
+    assert "Classes of photos/test:\n\n| class | images | top-1 |\n|---|---|---|\n| blue | 40 | " in card
+    again = tmp_path / "again"  # the figures are part of the entry, and its card is written from them
+    shutil.copytree(entry, again / "mine")
+    assert main(["export", str(run), str(again / "mine")]) == 0
+    assert (
+        card.split("## Version 1")[1]
+        in (again / "mine" / "MODEL_CARD.md").read_text().split("## Version 2")[0]
+    )
     with TestClient(create_app(Settings(model_repository=entry.parent))) as client:
         assert client.get("/models/mine").json()["accuracy"] == [of_run]
         right = 0
@@ -58,6 +69,26 @@ def test_measured_accuracy_is_served_accuracy(
             items = client.post("/classify", files=files, params={"top_k": 1}).json()["data"]
             right += sum(item["predictions"][0]["label"] == name for item in items)
         assert right / 120 == of_run["top1"]
+
+
+def test_of_many_classes_the_card_has_the_worst_and_the_best(run: Path, photos: Path, tmp_path: Path) -> None:
+    entry = tmp_path / "mine"
+    assert main(["export", str(run), str(entry)]) == 0
+    found = evaluate(entry, open_run(run, None).material("finetune").evaluated()[1], "photos")
+    labels = tuple(f"class {i}" for i in range(30))
+    prg = found.entry.prg.model_copy(update={"labels": labels})
+    confusion = np.zeros((30, 30), np.int64)
+    confusion[:, 0] = np.arange(30)[::-1]  # the last one has no image
+    confusion[np.arange(1, 29), np.arange(1, 29)] = np.arange(1, 29)
+    many = replace(found, entry=replace(found.entry, prg=prg), confusion=confusion)
+    assert len(many.by_class) == 30
+    assert many.by_class[29] == ("class 29", 0, None)
+    names = [name for name, _, _ in many.telling_classes]
+    assert names == [f"class {i}" for i in (1, 2, 3, 4, 5, 25, 26, 27, 28, 0)]
+    record(entry, many)
+    card = (entry / "MODEL_CARD.md").read_text()
+    assert "| class 1 | 29 | 0.0345 |" in card
+    assert "by_class" not in card
 
 
 @pytest.mark.parametrize("flags", [[], ["--compact"], ["--precision", "bf16"], ["--precision", "fp16"]])
