@@ -19,7 +19,9 @@ def is_hidden(name: str) -> bool:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to; whatever interrupts this, `path` holds the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(
+        f".{path.name}.tmp"
+    )  # hidden, so that nobody takes it for one of a folder's files
     try:
         with temporary.open("wb") as file:
             yield file

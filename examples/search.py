@@ -1,8 +1,10 @@
 """Image search: an index of the vectors that `prg embed` wrote, and the pictures nearest to a picture.
 
-prg embed photos/ --entry model_repository/prg-cifar10 --out vectors.parquet
-python examples/search.py index vectors.parquet photos.usearch
+prg embed photos/ --entry model_repository/prg-cifar10 --out vectors/
+python examples/search.py index vectors/ photos.usearch
 python examples/search.py query photos.usearch photo.jpg --entry model_repository/prg-cifar10
+
+After new photos, the first two again: only what is new is embedded and added, and what was removed goes.
 """
 
 import argparse
@@ -10,18 +12,24 @@ import json
 import os
 import sys
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import httpx
 import numpy as np
-import pyarrow.parquet as pq
+
+# Before usearch: with the C++ library that usearch would load instead, PyTorch's compiler never ends.
+import pyarrow  # noqa: F401
 from PIL import Image, ImageOps
 from usearch.index import Index
 
 from entry.errors import EntryError, PackageError, needs
+from entry.files import atomic_file
+from entry.images import ImageError
 from prg.client import EmbedOptions, ServiceError
 from prg.embed.engines import Embedder
+from prg.embed.outputs import read_file
+from prg.embed.partitions import check_same
 from prg.embed.remote import Remote
 
 Found = list[tuple[str, float]]
@@ -32,16 +40,19 @@ Found = list[tuple[str, float]]
 class About:
     """What an index is of; written beside it as NAME.json."""
 
-    paths: list[str]
     made_by: dict[str, object]
-    """Weights, feature and level, where the vectors say so."""
+    """What the vectors are of: fingerprint, feature, t_end …"""
+    keys: dict[str, int] = field(default_factory=dict)
+    """The key in the index of each picture."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of each picture's bytes, when it was embedded."""
 
     @classmethod
     def read(cls, index: Path) -> "About":
-        """Of this index. Raises ValueError where another version of this program wrote it."""
+        """Of this index. Raises ValueError where it is not of this index."""
         facts = json.loads(index.with_suffix(".json").read_text("utf-8"))
         if facts.keys() != {field.name for field in fields(cls)}:
-            raise ValueError(f"{index}: made by another version of this program; index the vectors again")
+            raise ValueError(f"{index}: made by another version of this program; remove it and index again")
         return cls(**facts)
 
 
@@ -51,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    sub = commands.add_parser("index", help="make an index of vectors")
+    sub = commands.add_parser("index", help="make an index of vectors, or bring one up to date")
     sub.add_argument(
-        "vectors", type=Path, help="what `prg embed` wrote: a .parquet, or a .npy with its .jsonl"
+        "vectors", type=Path, help="what `prg embed` wrote: a folder of partitions, a .parquet or a .npy"
     )
     sub.add_argument("index", type=Path, help="the index to write; a .json of the same name goes with it")
-    sub.set_defaults(command=make)
+    sub.set_defaults(command=update)
     sub = commands.add_parser("query", help="find the pictures nearest to some pictures")
     sub.add_argument("index", type=Path)
     sub.add_argument("images", nargs="+", help="pictures; those that are in the index need no model")
@@ -76,45 +87,58 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make(arguments: argparse.Namespace) -> None:
-    """vectors -> index."""
-    vectors, paths, made_by = read_vectors(arguments.vectors)
-    good = np.isfinite(vectors).all(1)  # a file that could not be used is a row of NaN
-    if not good.any():
+def update(arguments: argparse.Namespace) -> None:
+    """vectors -> index: pictures that are new or changed are added, those that are gone or changed removed."""
+    made_by, rows = read_file(arguments.vectors)
+    vectors = {i: row for row, (i, error) in enumerate(zip(rows.ids, rows.errors, strict=True)) if not error}
+    if not vectors:
         raise ValueError(f"{arguments.vectors}: no vectors in it")
-    about = About(paths, made_by)
-    index = Index(ndim=vectors.shape[1], metric="cos", dtype="f32")
-    index.add(np.flatnonzero(good), vectors[good])
-    index.save(str(arguments.index))
-    arguments.index.with_suffix(".json").write_text(json.dumps(asdict(about)), "utf-8")
-    print(f"indexed: {len(index)} pictures in {arguments.index}")
+    if arguments.index.exists():
+        about = About.read(arguments.index)
+        check_same(about.made_by, made_by)
+        index = restored(arguments.index, about)
+    else:
+        about = About(made_by)
+        index = Index(ndim=rows.vectors.shape[1], metric="cos", dtype="f32")
+    old = [i for i, digest in about.digests.items() if i not in vectors or rows.digests[vectors[i]] != digest]
+    first = max(about.keys.values(), default=-1) + 1
+    for i in old:
+        index.remove(about.keys.pop(i))
+        del about.digests[i]
+    new = [i for i in vectors if i not in about.keys]
+    for key, i in enumerate(new, first):
+        about.keys[i], about.digests[i] = key, rows.digests[vectors[i]]
+    if new:
+        added = np.array([about.keys[i] for i in new], np.uint64)
+        index.add(added, rows.vectors[[vectors[i] for i in new]].astype(np.float32))
+    with atomic_file(arguments.index) as file:
+        index.save(file.name)
+    with atomic_file(arguments.index.with_suffix(".json")) as file:
+        file.write(json.dumps(asdict(about)).encode())
+    print(f"{arguments.index}: {len(index)} pictures, {len(new)} added and {len(old)} removed")
 
 
-def read_vectors(path: Path) -> tuple[np.ndarray, list[str], dict[str, object]]:
-    """(vectors float32 [N, D], their files' paths, what they were made by) as `prg embed` wrote them."""
-    if path.suffix == ".npy":
-        lines = path.with_suffix(".jsonl").read_text("utf-8").splitlines()
-        about = path.with_suffix(".about.json")
-        made_by = json.loads(about.read_text("utf-8")) if about.exists() else {}
-        return np.load(path), [json.loads(line)["path"] for line in lines], made_by
-    table = pq.read_table(path)
-    made_by = json.loads((table.schema.metadata or {}).get(b"prg", b"{}"))
-    vectors = np.asarray(table["embedding"].combine_chunks().flatten())
-    return vectors.reshape(table.num_rows, -1), table["path"].to_pylist(), made_by
+def restored(path: Path, about: About) -> Index:
+    """An index that was saved. Raises ValueError where its .json is of another."""
+    index = Index.restore(str(path))
+    if index is None or len(index) != len(about.keys):
+        raise ValueError(f"{path}: does not fit its .json; remove it and index again")
+    return index
 
 
 def query(arguments: argparse.Namespace) -> None:
     """Pictures -> the nearest of the index."""
-    index = Index.restore(str(arguments.index))
-    if index is None:
+    if not arguments.index.exists():
         raise ValueError(f"{arguments.index}: no index; make one with `search.py index`")
     about = About.read(arguments.index)
+    index = restored(arguments.index, about)
+    names = {key: name for name, key in about.keys.items()}
     vectors = query_vectors(index, about, arguments)
     rows = []
     for image, vector in zip(arguments.images, vectors, strict=True):
         # One more than asked for: a picture of the index is its own nearest.
         found = index.search(vector, arguments.k + 1, exact=arguments.exact)
-        hits = [(about.paths[int(m.key)], 1 - float(m.distance)) for m in found]
+        hits = [(names[int(m.key)], 1 - float(m.distance)) for m in found]
         hits = [hit for hit in hits if Path(hit[0]).resolve() != Path(image).resolve()][: arguments.k]
         rows.append(hits)
         print(image)
@@ -126,34 +150,39 @@ def query(arguments: argparse.Namespace) -> None:
 
 def query_vectors(index: Index, about: About, arguments: argparse.Namespace) -> np.ndarray:
     """float32 [N, D] in the index's feature. Raises ValueError where a picture has none."""
-    known = {Path(path).resolve(): row for row, path in enumerate(about.paths) if row in index}
+    known = {Path(path).resolve(): key for path, key in about.keys.items()}
     missing = [image for image in arguments.images if Path(image).resolve() not in known]
     if not missing:
         return np.stack([index[known[Path(image).resolve()]] for image in arguments.images])
     made_by = about.made_by
-    feature, t_end = made_by.get("feature"), made_by.get("t_end")
     embedder: Embedder
     if arguments.entry:
         with needs("embedded"):
             from prg.embed.local import Local
-        embedder = Local(arguments.entry, t_end, feature, bool(made_by.get("normalize")))  # type: ignore[arg-type]
+        embedder = Local(arguments.entry, made_by["t_end"], made_by["feature"], made_by["normalize"])  # type: ignore[arg-type]
     elif arguments.url:
-        options = EmbedOptions(
-            **{k: made_by[k] for k in ("model", "feature", "t_end", "normalize") if made_by.get(k)}
-        )  # type: ignore[typeddict-item]
+        options = EmbedOptions(**{k: made_by[k] for k in ("feature", "t_end", "normalize")})  # type: ignore[typeddict-item]
         embedder = Remote(arguments.url, os.environ.get("PRG_KEY"), options)
     else:
         raise ValueError(f"{missing[0]} is not in the index; name the model with --entry or --url")
     with closing(embedder):
-        rows = embedder.embed([Path(image) for image in arguments.images])
-    if rows.errors:
-        i, reason = next(iter(rows.errors.items()))
-        raise ValueError(f"{arguments.images[i]}: {reason}")
-    if made_by.get("fingerprint", rows.fingerprint) != rows.fingerprint:
-        raise ValueError(
-            f"the index is of weights {made_by['fingerprint']}, the model has {rows.fingerprint}: embed again"
-        )
-    return rows.vectors
+        if embedder.identity["fingerprint"] != made_by["fingerprint"]:
+            raise ValueError(
+                f"the index is of encoder {made_by['fingerprint']}, the model's is "
+                f"{embedder.identity['fingerprint']}: embed again"
+            )
+        return np.stack([embedded(embedder, Path(image)) for image in arguments.images])
+
+
+def embedded(embedder: Embedder, image: Path) -> np.ndarray:
+    """float32 [D]. Raises ValueError where the picture can't be used."""
+    try:
+        [vector] = embedder.embed([embedder.prepare(image.read_bytes())])
+    except ImageError as error:
+        raise ValueError(f"{image}: {error}") from None
+    if isinstance(vector, str):
+        raise ValueError(f"{image}: {vector}")
+    return vector
 
 
 def draw(images: list[str], rows: list[Found], path: Path, side: int = 64, gap: int = 4) -> None:

@@ -2,11 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 async def in_tasks(work: Callable[[T], Coroutine[Any, Any, None]], pieces: Iterable[T], most: int) -> None:
@@ -59,3 +62,21 @@ def in_threads(work: Callable[[T], None], pieces: Iterable[T], most: int) -> Non
         running += 1
     for _ in range(running):
         wait()
+
+
+def ahead(work: Callable[[T], R], pieces: Iterable[T], most: int) -> Iterator[R]:
+    """work(piece) of each in order, by threads that are up to `most` pieces ahead of whoever asks for them.
+
+    `pieces` is read in the caller's thread.
+    """
+    pool = ThreadPoolExecutor()
+    pending: deque[Future[R]] = deque()
+    try:
+        for piece in pieces:
+            pending.append(pool.submit(work, piece))
+            if len(pending) >= most:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as error:
         _explain(str(error))
         return 130
+    except KeyboardInterrupt:
+        _explain("stopped")
+        return 130
     return 0
 
 

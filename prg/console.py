@@ -55,8 +55,8 @@ def first_few(lines: list[str], count: int = 10) -> str:
 
 
 @contextmanager
-def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterator[Bar]:
-    """A bar over `total` units, of which `done` were done before."""
+def track(title: str, total: int | None, unit: str = "images", done: int = 0) -> Iterator[Bar]:
+    """A bar over `total` units (None: nobody knows), of which `done` were done before."""
     if not is_main_process():
         yield Bar(lambda *_: None, done)
         return
@@ -82,18 +82,18 @@ def track(title: str, total: int, unit: str = "images", done: int = 0) -> Iterat
         yield Bar(show, done)
 
 
-def _lines(title: str, total: int, unit: str) -> Callable[[int, float, str], None]:
+def _lines(title: str, total: int | None, unit: str) -> Callable[[int, float, str], None]:
     """A line every half minute."""
     last = time.monotonic()
 
     def show(done: int, rate: float, note: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last < LINE_EVERY_S and done < total:
+        if now - last < LINE_EVERY_S and done != total:
             return
         last = now
-        left = (total - done) / max(rate, 1e-9) / 60
-        text = f"{title}: {done}/{total}, {rate:.0f} {unit}/s, {left:.1f} min left  {note}"
+        left = f", {(total - done) / max(rate, 1e-9) / 60:.1f} min left" if total else ""
+        text = f"{title}: {done}/{total or '?'}, {rate:.0f} {unit}/s{left}  {note}"
         print(text, file=sys.stderr, flush=True)
 
     return show

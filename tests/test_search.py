@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from examples.search import main, read_vectors
+from examples.search import main
 from prg.cli import main as prg
 from tests.tiny import png, write_tiny_entry
 
@@ -20,11 +19,15 @@ def index(tmp_path: Path) -> Path:
         (tmp_path / "photos" / f"{i:02}.png").write_bytes(png((i * 8, 0, 255 - i * 8)))
     (tmp_path / "photos" / "bad.png").write_bytes(b"no image")
     write_tiny_entry(tmp_path / "models")
-    vectors = tmp_path / "vectors.parquet"
-    entry = str(tmp_path / "models" / "tiny")
-    assert prg(["embed", str(tmp_path / "photos"), "--entry", entry, "--out", str(vectors)]) == 0
-    assert main(["index", str(vectors), str(tmp_path / "photos.usearch")]) == 0
-    return tmp_path / "photos.usearch"
+    return brought_up_to_date(tmp_path)
+
+
+def brought_up_to_date(home: Path, name: str = "photos", *options: str) -> Path:
+    """Embed the photos, and index the vectors."""
+    out, entry = str(home / f"{name}-vectors"), str(home / "models" / "tiny")
+    assert prg(["embed", str(home / "photos"), "--entry", entry, "--out", out, *options]) == 0
+    assert main(["index", out, str(home / f"{name}.usearch")]) == 0
+    return home / f"{name}.usearch"
 
 
 def test_the_nearest_of_all(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,12 +69,10 @@ def test_a_picture_of_the_index_is_known_however_it_is_written(
 def test_the_query_is_normalised_as_the_index_is(
     index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    entry, vectors = str(tmp_path / "models" / "tiny"), str(tmp_path / "unit.parquet")
-    assert prg(["embed", str(tmp_path / "photos"), "--entry", entry, "--out", vectors, "--normalize"]) == 0
-    assert main(["index", vectors, str(tmp_path / "unit.usearch")]) == 0
+    entry, unit = str(tmp_path / "models" / "tiny"), brought_up_to_date(tmp_path, "unit", "--normalize")
     (tmp_path / "copy.png").write_bytes((tmp_path / "photos" / "07.png").read_bytes())
     capsys.readouterr()
-    query = ["query", str(tmp_path / "unit.usearch"), str(tmp_path / "copy.png"), "--entry", entry]
+    query = ["query", str(unit), str(tmp_path / "copy.png"), "--entry", entry]
     assert main([*query, "-k", "1", "--exact"]) == 0
     similarity, path = capsys.readouterr().out.splitlines()[1].split()
     assert path.endswith("07.png")
@@ -87,14 +88,27 @@ def test_what_it_refuses(index: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "embed again" in capsys.readouterr().err
 
 
-def test_both_forms_of_vectors_are_read(index: Path, tmp_path: Path) -> None:
-    entry, photos = str(tmp_path / "models" / "tiny"), str(tmp_path / "photos")
-    assert prg(["embed", photos, "--entry", entry, "--out", str(tmp_path / "v.npy")]) == 0
-    a, b = read_vectors(tmp_path / "v.npy"), read_vectors(tmp_path / "vectors.parquet")
-    assert np.array_equal(a[0], b[0], equal_nan=True)
-    assert a[1] == b[1]
-    assert "fingerprint" in b[2]
-    assert a[2] == b[2]
+def test_new_vectors_are_added_and_removed_ones_go(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = index.parent
+    (home / "photos" / "30.png").write_bytes(png((240, 0, 15)))
+    (home / "photos" / "00.png").write_bytes(png((232, 0, 23)))  # now as red as 29
+    (home / "photos" / "28.png").unlink()
+    capsys.readouterr()
+    brought_up_to_date(home)
+    assert "30 pictures, 2 added and 2 removed" in capsys.readouterr().out
+    assert main(["query", str(index), str(home / "photos" / "29.png"), "-k", "3", "--exact"]) == 0
+    found = [Path(line.split()[1]).stem for line in capsys.readouterr().out.splitlines()[1:]]
+    assert found[0] == "00"
+    assert set(found) == {"00", "30", "27"}
+
+
+def test_vectors_of_another_model_are_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = index.parent
+    write_tiny_entry(home / "models", head=False)
+    entry, out = str(home / "models" / "tiny"), str(home / "other.npy")
+    assert prg(["embed", str(home / "photos"), "--entry", entry, "--out", out]) == 0
+    assert main(["index", out, str(index)]) == 1
+    assert "fingerprint" in capsys.readouterr().err
 
 
 def test_an_index_of_another_version_is_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,4 +117,4 @@ def test_an_index_of_another_version_is_refused(index: Path, capsys: pytest.Capt
     del facts["made_by"]
     about.write_text(json.dumps(facts))
     assert main(["query", str(index), str(index.parent / "photos" / "29.png")]) == 1
-    assert "index the vectors again" in capsys.readouterr().err
+    assert "index again" in capsys.readouterr().err

@@ -1,7 +1,9 @@
-"""prg embed: folders of images to one file of vectors."""
+"""prg embed: many images to vectors."""
 
 import argparse
+import logging
 import os
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,23 +13,28 @@ from prg.errors import DataError
 
 if TYPE_CHECKING:
     from prg.embed.engines import Embedder
+    from prg.embed.outputs import Done
 
 
 def add(commands: Commands) -> None:
     """Its options."""
     sub = commands.add_parser(
         "embed",
-        help="embed folders of images into one file",
-        description="Embed images into a .npy (with a .jsonl of paths beside it) or a .parquet. The same command "
-        "again continues an interrupted one; a bad file is a row of NaN with its error.",
-        epilog="example: prg embed photos/ --entry model_repository/prg-cifar10 --out vectors.parquet",
+        help="embed many images",
+        description="Embed images into a folder of parquet partitions, one .parquet, or a .npy (with a .jsonl of ids "
+        "beside it). The same command again computes only what is missing, new or changed, and drops what was removed; "
+        "a file that is no usable image is a row with an error.",
+        epilog="example: prg embed photos/ --entry model_repository/prg-cifar10 --out vectors/",
     )
-    sub.add_argument("paths", nargs="+", help="folders (all levels of them), files, or patterns in quotes")
     sub.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="NAME.parquet, or NAME.npy with NAME.jsonl and NAME.about.json",
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="folders (all levels of them), files, patterns in quotes, parquet with images, WebDataset .tar; also as "
+        "URLs, such as s3://bucket/photos/",
+    )
+    sub.add_argument(
+        "--out", required=True, help="a folder (or its URL), NAME.parquet, or NAME.npy with NAME.jsonl"
     )
     where = sub.add_mutually_exclusive_group(required=True)
     where.add_argument(
@@ -40,29 +47,70 @@ def add(commands: Commands) -> None:
     sub.add_argument("--t-end", type=float, help="from 0 (noise) to 1 (the image); by default the model's")
     sub.add_argument("--feature", choices=("embedding", "hidden", "state"), help="by default the model's")
     sub.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
+    sub.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the vectors written"
+    )
+    sub.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="do the part I, from 0, of N; the same command with each I, on any machines, does all",
+    )
+    sub.add_argument("--image-column", default="", help="of parquet with several columns of images")
     sub.set_defaults(command=_embed, extra="embedded")
 
 
-def _embed(arguments: argparse.Namespace) -> None:
-    from prg.client import EmbedOptions
-    from prg.embed.partitions import embed
-    from prg.embed.remote import Remote
+def _shard(text: str) -> tuple[int, int]:
+    """argparse names the flag where this raises."""
+    number, found, count = text.partition("/")
+    if not (found and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: such as 0/4, the first of four, up to 3/4")
+    return int(number), int(count)
 
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from prg.embed.outputs import Job, check, embed
+
+    number, count = arguments.shard
+    job = Job(arguments.sources, arguments.out, arguments.dtype, number, count, arguments.image_column)
+    check(job)
+    # Of strange files Pillow says more than can be read, for each of thousands.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    with closing(_embedder(arguments)) as embedder:
+        done = embed(job, embedder)
+    _show(arguments.out, done)
+
+
+def _embedder(arguments: argparse.Namespace) -> "Embedder":
     if arguments.t_end is not None and not 0 <= arguments.t_end <= 1:
         raise DataError(f"--t-end {arguments.t_end}: must be from 0 to 1")
-    embedder: Embedder
     if arguments.url:
+        from prg.client import EmbedOptions
+        from prg.embed.remote import Remote
+
         options = EmbedOptions(normalize=arguments.normalize)
         for name in ("model", "t_end", "feature"):
             if getattr(arguments, name) is not None:
                 options[name] = getattr(arguments, name)
-        embedder = Remote(arguments.url, os.environ.get("PRG_KEY"), options)
-    elif arguments.model:
+        return Remote(arguments.url, os.environ.get("PRG_KEY"), options)
+    if arguments.model:
         raise DataError("--model goes with --url; --entry names the model itself")
-    else:
-        from prg.embed.local import Local  # needs torch
+    from prg.embed.local import Local  # needs torch
 
-        embedder = Local(arguments.entry, arguments.t_end, arguments.feature, arguments.normalize)
-    with closing(embedder):
-        failed = embed(arguments.paths, arguments.out, embedder)
-    print(f"embedded: {arguments.out}" + (f"; {failed} files could not be used" if failed else ""))
+    return Local(arguments.entry, arguments.t_end, arguments.feature, arguments.normalize)
+
+
+def _show(out: str, done: "Done") -> None:
+    summary = done.summary
+    print(f"{out}: {summary.images:,} images, {summary.computed:,} of them computed now")
+    if summary.failed:
+        print(f"{summary.failed:,} could not be used, and have no vector:")
+        print("\n".join(f"  {line}" for line in summary.errors))
+        if summary.failed > len(summary.errors):
+            print(f"  … and {summary.failed - len(summary.errors):,} more; see the column error")
+    for line in done.skipped:
+        print(line)
+    if not done.complete:
+        print("not complete: other shards are not done yet")

@@ -1,1 +1,1 @@
-"""Many images to vectors: which images, what computes them, and where the vectors go."""
+"""Many images to vectors: where the images come from, what computes them, and the partitions they are written to."""

@@ -1,30 +1,24 @@
 """What computes embeddings: an entry in this process (`local`), or a running service (`remote`)."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Vectors float32 [N, D] of N files, a row of NaN for each that has an error."""
-
-    vectors: np.ndarray
-    errors: dict[int, str] = field(default_factory=dict)
-    fingerprint: str = ""
-    """Of the weights: only vectors with the same may be compared."""
 
 
 class Embedder(Protocol):
     """What computes."""
 
     identity: dict[str, Any]
-    """Weights and options: rows of another identity must not stand in one file."""
+    """fingerprint (of the encoder), feature, t_end, dim and normalize: vectors of another identity can't be compared
+    with these."""
+    batch: int
+    """How many images to give it at once."""
 
-    def embed(self, files: list[Path]) -> Rows:
-        """Embeddings of these files."""
+    def prepare(self, content: bytes) -> Any:
+        """What `embed` takes, from a file's bytes; called by several threads. Raises ImageError."""
+
+    def embed(self, prepared: list[Any]) -> list[np.ndarray | str]:
+        """For each image its embedding, float32 [D], or why it has none."""
 
     def close(self) -> None:
         """Free what it holds."""

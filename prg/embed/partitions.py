@@ -1,122 +1,298 @@
-"""Vectors into one file, a portion at a time: what an interruption leaves is kept, and a bad file is a row."""
+"""Images to partitions of vectors: what is there already is not computed again, and nothing is lost or doubled.
+
+A partition is some rows of one shard. The shards are the archives, and groups of loose files by a hash of their id:
+so an image that is added, changed or removed touches one partition, on every machine the same.
+"""
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 
-from entry.errors import needs
-from entry.files import atomic_file, write_atomically
-from prg.console import note, track
-from prg.embed.engines import Embedder, Rows
-from prg.embed.sources import find_images
+from entry.images import ImageError
+from prg.bounded import ahead
+from prg.console import Bar, note
+from prg.embed.engines import Embedder
+from prg.embed.rows import About, Form, Known, Rows
+from prg.embed.sources import Archive, Found, Item, display, file_item
+from prg.embed.stores import Store
 from prg.errors import DataError
-from prg.images.walk import SUFFIXES, other_files
 
-PART = 256
-"""Images between two writes: what a kill can cost."""
+ROWS = 2048
+"""Of a partition, at most: what a kill can cost."""
+AHEAD = 64
+"""Images that are read and decoded before the model asks for them."""
+ABOUT = "_about.json"
+SUCCESS = "_SUCCESS"
+DONE = "_done-"
+"""Of a marker that one of several shards is done; with the names of its partitions."""
+IDENTITY = ("fingerprint", "feature", "t_end", "dim", "normalize", "dtype")
 
 
-def embed(sources: Sequence[str], out: Path, embedder: Embedder) -> int:
-    """Write embeddings of all images of `sources` to `out` (.npy or .parquet); returns how many failed.
+@dataclass(frozen=True)
+class Shard:
+    """Images whose partitions are written one after the other."""
 
-    A .npy has a .jsonl beside it with each row's path, and its error, and an .about.json that says which weights,
-    feature and level its vectors are of; a .parquet has the first two as columns, the other in its metadata, as
-    "prg". What was done before an interruption is kept in OUT.parts. Raises DataError where there is nothing to
-    embed, or the parts are of something else.
+    name: str
+    items: Iterator[Item]
+    related: tuple[str, ...] = ()
+    """Beginnings of the names of partitions that may know some of its vectors, besides its own."""
+
+
+@dataclass
+class Summary:
+    """What was done."""
+
+    images: int = 0
+    computed: int = 0
+    failed: int = 0
+    errors: list[str] = field(default_factory=list)
+    """The first few."""
+
+
+def shards_of(found: Found, number: int, count: int, names: Iterable[str]) -> Iterator[Shard]:
+    """The shards that the run `number` of `count` does. names: of the partitions that are there."""
+    groups = _groups(len(found.files))
+    there = {
+        tuple(map(int, name.split("-")[1:4:2]))
+        for name in names
+        if name.startswith("part-") and "-of-" in name
+    }
+    dealt: list[list[str]] = [[] for _ in range(groups)]
+    for place in found.files:
+        dealt[_hash(display(place)) % groups].append(place)
+    for k, places in enumerate(dealt):
+        if k % count == number and places:
+            # Groups are powers of two: those that the folder was dealt to before hold these very images, or some.
+            others = (
+                _group(j, of) for j, of in sorted(there) if of != groups and (j - k) % min(of, groups) == 0
+            )
+            yield Shard(_group(k, groups), map(file_item, sorted(places)), tuple(others))
+    for i, archive in enumerate(found.archives):
+        if i % count == number:
+            yield Shard(_archive_name(archive), archive.items())
+
+
+def one_shard(found: Found) -> Iterator[Shard]:
+    """All images as one shard, in their order."""
+
+    def items() -> Iterator[Item]:
+        yield from map(file_item, found.files)
+        for archive in found.archives:
+            yield from archive.items()
+
+    yield Shard("part", items())
+
+
+def write_partitions(
+    shards: Iterable[Shard],
+    store: Store,
+    form: Form,
+    embedder: Embedder,
+    about: About,
+    bar: Bar,
+    earlier: Known | None = None,
+) -> tuple[list[str], Summary]:
+    """(the names of all partitions of these shards, what was done); those that are as they should be stay.
+
+    earlier: what else is known. Raises whatever the embedder does, and DataError for an archive that is broken.
     """
-    if out.suffix not in (".npy", ".parquet"):
-        raise DataError(f"{out}: must end in .npy or .parquet")
-    if out.suffix == ".parquet":
-        with needs("search"):  # said before the first image is embedded, not after the last
-            import pyarrow  # noqa: F401
-    files = list(find_images(sources))
-    if not files:
-        raise DataError(f"no images in {', '.join(sources)} (files ending in {', '.join(SUFFIXES)})")
-    for folder in filter(Path.is_dir, map(Path, sources)):
-        if others := other_files(folder):
-            note(others)
-    parts = _parts(out, files, embedder.identity)
-    with track("embedding", len(files)) as bar:
-        for start in range(0, len(files), PART):
-            portion = files[start : start + PART]
-            path = parts / f"{start:09}.npz"
-            if not path.exists():
-                _save(path, embedder.embed(portion))
-            bar.advance(len(portion))
-    rows = [_load(path) for path in sorted(parts.glob("*.npz"))]
-    fingerprints = sorted({part.fingerprint for part in rows})
-    if len(fingerprints) > 1:
+    summary, names = Summary(), []
+    there = sorted(store.names())
+    with_known = (_Work(shard, store, there, form, earlier) for shard in shards)
+    images = ((work, item) for work in with_known for item in work.shard.items)
+    results = _computed(ahead(partial(_begun, embedder), images, AHEAD), embedder)
+    for work, rows in groupby(_counted(results, summary, bar), key=lambda row: row.work):
+        number = 0
+        while portion := list(islice(rows, ROWS)):
+            name = f"{work.shard.name}-{number:05}{form.suffix}"
+            whole = _rows(portion, about)
+            if work.signatures.get(name) != whole.signature():
+                store.write(name, form.encode(whole, about))
+            names.append(name)
+            number += 1
+    return names, summary
+
+
+def begin(store: Store, about: About, shard: str) -> None:
+    """Check what is in the store, and say in it what it will hold. Raises DataError where that does not fit."""
+    names = store.names()
+    if ABOUT in names:
+        check_same(json.loads(store.read(ABOUT)), about)
+    elif names:
+        raise DataError(f"--out is a folder of other files, such as {min(names)}; name a new one")
+    for name in names & {SUCCESS, DONE + shard}:
+        store.remove(name)
+    store.write(ABOUT, json.dumps(about).encode())
+
+
+def check_same(before: About, about: About) -> None:
+    """Raise DataError where vectors of the two must not be mixed, or images of a source would vanish."""
+    for key in IDENTITY:
+        if before.get(key) != about[key]:
+            raise DataError(
+                f"--out holds vectors of {key} {before.get(key)}, these would be of {about[key]}; name another --out"
+            )
+    missing = [source for source in before.get("sources", []) if source not in about["sources"]]
+    if missing:
         raise DataError(
-            f"{parts}: the service's model was replaced meanwhile (weights {' and '.join(fingerprints)}), "
-            "and vectors of different weights must not be mixed; remove it and begin again"
+            f"--out holds the images of {', '.join(missing)} too; name these again, or another --out"
         )
-    vectors = np.concatenate([part.vectors for part in rows])
-    errors = {k * PART + i: text for k, part in enumerate(rows) for i, text in part.errors.items()}
-    _write(out, files, vectors, errors, embedder.identity | {"fingerprint": fingerprints[0]})
-    shutil.rmtree(parts)
-    return len(errors)
 
 
-def display(path: Path) -> str:
-    """The path as text; bytes of it that are no UTF-8 as \\xff."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+def finish(store: Store, parts: list[str], found: Found, number: int, count: int) -> bool:
+    """Say that this run's partitions are done; if all are, remove others, write _SUCCESS, and return True."""
+    listing = hashlib.sha256(
+        "\n".join(map(display, [*found.files, *(a.place for a in found.archives)])).encode()
+    )
+    mine = {"listing": listing.hexdigest(), "partitions": parts}
+    store.write(DONE + shard_name(number, count), json.dumps(mine).encode())
+    names = store.names()
+    valid: set[str] = set()
+    for marker in (DONE + shard_name(i, count) for i in range(count)):
+        done = json.loads(store.read(marker)) if marker in names else {}
+        if done.get("listing") != mine["listing"]:  # not yet, or before the images were others
+            return False
+        valid |= set(done["partitions"])
+    for name in names:
+        if name.startswith("part-") and name not in valid:
+            store.remove(name)
+    store.write(SUCCESS, b"")
+    for name in names:
+        if name.startswith(DONE):
+            store.remove(name)
+    return True
 
 
-def _parts(out: Path, files: list[Path], identity: dict[str, Any]) -> Path:
-    """The folder of what is done, made or found. Raises DataError where it is of other images or options."""
-    listing = hashlib.sha256(b"\n".join(map(os.fsencode, files))).hexdigest()
-    about = json.dumps({"images": len(files), "listing": listing, **identity}, sort_keys=True)
-    parts = out.with_name(out.name + ".parts")
-    described = parts / "about.json"
-    if described.exists() and described.read_text("utf-8") != about:
-        raise DataError(
-            f"{parts}: begun with other images, weights or options; remove it, or name another --out"
-        )
-    parts.mkdir(parents=True, exist_ok=True)
-    write_atomically(described, about.encode())
-    return parts
+def shard_name(number: int, count: int) -> str:
+    """In names of files."""
+    return f"{number:05}-of-{count:05}"
 
 
-def _save(path: Path, rows: Rows) -> None:
-    with atomic_file(path) as file:
-        facts = {"errors": rows.errors, "fingerprint": rows.fingerprint}
-        np.savez(file, vectors=rows.vectors, facts=np.array(json.dumps(facts)))
+class _Work:
+    """A shard, with what is known of it."""
+
+    def __init__(
+        self, shard: Shard, store: Store, there: list[str], form: Form, earlier: Known | None
+    ) -> None:
+        self.shard = shard
+        self.known = earlier or Known()
+        self.signatures: dict[str, bytes] = {}
+        beginnings = tuple(f"{name}-" for name in (shard.name, *shard.related))
+        for name in there:
+            if name.startswith(beginnings) and name.endswith(form.suffix):
+                try:
+                    rows = form.decode(store.read(name))
+                except ValueError as error:
+                    note(f"{name} is damaged ({error}), and made again")
+                    continue
+                self.known.add(rows)
+                self.signatures[name] = rows.signature()
 
 
-def _load(path: Path) -> Rows:
-    with np.load(path) as saved:
-        facts = json.loads(str(saved["facts"]))
-        errors = {int(i): text for i, text in facts["errors"].items()}
-        return Rows(saved["vectors"], errors, facts["fingerprint"])
+@dataclass
+class _Row:
+    """An image on its way to a vector."""
+
+    work: _Work
+    id: str
+    digest: str = ""
+    error: str | None = None
+    vector: np.ndarray | None = None
+    prepared: Any = None
+    computed: bool = False
 
 
-def _write(
-    out: Path, files: list[Path], vectors: np.ndarray, errors: dict[int, str], about: dict[str, Any]
-) -> None:
-    if out.suffix == ".npy":
-        lines = [
-            {"path": display(f)} | ({"error": errors[i]} if i in errors else {}) for i, f in enumerate(files)
-        ]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomically(out.with_suffix(".jsonl"), text.encode())
-        write_atomically(out.with_suffix(".about.json"), json.dumps(about).encode())
-        with atomic_file(out) as file:
-            np.save(file, vectors)
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+def _begun(embedder: Embedder, image: tuple[_Work, Item]) -> _Row:
+    """What needs no model: reading, and, unless the vector is known, decoding."""
+    work, item = image
+    row = _Row(work, item.id)
+    try:
+        content = item.read()
+        row.digest = hashlib.sha256(content).hexdigest()
+        row.vector = work.known.find(item.id, row.digest)
+        if row.vector is None:
+            row.prepared = embedder.prepare(content)
+    except (ImageError, DataError, OSError) as error:
+        row.error = str(error)
+    return row
 
-        flat = pa.array(vectors.ravel(), pa.float32())
-        columns = {
-            "path": pa.array(map(display, files)),
-            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-            "error": pa.array([errors.get(i) for i in range(len(files))], pa.string()),
-        }
-        with atomic_file(out) as file:
-            pq.write_table(pa.table(columns, metadata={"prg": json.dumps(about)}), file)
+
+def _computed(rows: Iterable[_Row], embedder: Embedder) -> Iterator[_Row]:
+    """The same rows, in the same order, with their vectors."""
+    held: list[_Row] = []
+    waiting: list[_Row] = []
+
+    def compute() -> None:
+        found = embedder.embed([row.prepared for row in waiting]) if waiting else []
+        for row, vector in zip(waiting, found, strict=True):
+            if isinstance(vector, str):
+                row.error = vector
+            else:
+                row.vector, row.computed = vector, True
+            row.prepared = None
+
+    for row in rows:
+        held.append(row)
+        if row.prepared is not None:
+            waiting.append(row)
+        if len(waiting) == embedder.batch or len(held) == ROWS:
+            compute()
+            yield from held
+            held, waiting = [], []
+    compute()
+    yield from held
+
+
+def _counted(rows: Iterable[_Row], summary: Summary, bar: Bar) -> Iterator[_Row]:
+    for row in rows:
+        summary.images += 1
+        summary.computed += row.computed
+        if row.error is not None:
+            summary.failed += 1
+            if len(summary.errors) < 10:
+                summary.errors.append(f"{row.id}: {row.error}")
+        bar.advance(1)
+        yield row
+
+
+def _rows(portion: list[_Row], about: About) -> Rows:
+    vectors = np.full((len(portion), about["dim"]), np.nan, about["dtype"])
+    for i, row in enumerate(portion):
+        if row.vector is not None:
+            vectors[i] = row.vector
+    return Rows(
+        [row.id for row in portion],
+        [row.digest for row in portion],
+        [row.error for row in portion],
+        vectors,
+    )
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+
+
+def _groups(count: int) -> int:
+    """A power of two, of groups that are mostly one partition each."""
+    groups = 1
+    while count > groups * ROWS * 3 // 4:
+        groups *= 2
+    return groups
+
+
+def _group(k: int, of: int) -> str:
+    return f"part-{shard_name(k, of)}"
+
+
+def _archive_name(archive: Archive) -> str:
+    name = display(archive.place)
+    stem = "".join(
+        c if c.isalnum() else "_" for c in name.replace("\\", "/").rpartition("/")[2].partition(".")[0]
+    )
+    return f"part-{stem[:40]}-{_hash(name):016x}"

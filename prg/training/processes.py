@@ -3,12 +3,11 @@
 torchrun and `accelerate launch` set the variables that are read here, and end all processes where one fails.
 """
 
-import fcntl
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -23,6 +22,7 @@ from torch import Tensor, distributed, nn
 
 from prg.console import is_main_process, world_size
 from prg.errors import Interrupted, ProcessError
+from prg.locks import lock
 
 TIMEOUT = timedelta(hours=2)
 """How long the others wait for the main process while it validates, draws or decodes."""
@@ -127,18 +127,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("ab") as file:
-
-        def lock() -> bool:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:  # a file system without locks: go on as without them
-                pass
-            return True
-
-        if not on_main_process(lock):
+    with ExitStack() as held:
+        if not on_main_process(lambda: held.enter_context(lock(folder / ".lock"))):
             raise ProcessError(
                 f"{folder}: another process is training here; wait for it, or take another folder"
             )

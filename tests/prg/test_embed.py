@@ -1,13 +1,20 @@
-"""`prg embed`: folders to one file, continued where it was stopped, a bad file no failed job."""
+"""`prg embed`: what is computed, what is kept, and what is written."""
 
+import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,91 +22,326 @@ from entry.config import read_entry, write_entry
 from prg.cli import main
 from prg.client import Client
 from prg.embed import partitions
-from prg.embed.engines import Rows
 from prg.embed.local import Local
+from prg.embed.outputs import Done, Job, check, embed, read_file
 from prg.embed.remote import Remote
+from prg.errors import DataError
 from service.settings import Settings
 from tests.serving import served
 from tests.tiny import png, tiny_digest, write_tiny_entry
 
 
 @pytest.fixture
+def entry(tmp_path: Path) -> Path:
+    return write_tiny_entry(tmp_path / "models")
+
+
+@pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Thirty pictures in two folders, whose red tells which they are; one file is none."""
+    """Thirty pictures in two folders, whose red says which they are; and odd files among them."""
+    folder = tmp_path / "pictures"
     for i in range(30):
-        place = tmp_path / "pictures" / f"folder-{i % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{i:02}.png").write_bytes(png((i * 8, 0, 0)))
-    (tmp_path / "pictures" / "folder-0" / "bad.jpg").write_bytes(b"no image")
-    (tmp_path / "pictures" / "notes.txt").write_text("passed over")
-    return tmp_path / "pictures"
+        (folder / f"folder-{i % 2}").mkdir(parents=True, exist_ok=True)
+        (folder / f"folder-{i % 2}" / f"{i:02}.png").write_bytes(png((i * 8, 0, 0)))
+    (folder / "folder-0" / "bad.jpg").write_bytes(b"no image")
+    (folder / "folder-0" / "._00.png").write_bytes(b"what a Mac leaves")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
 
 
-def check(vectors: np.ndarray, paths: list[str], level: float = 0.8) -> None:
-    for path, vector in zip(paths, vectors, strict=True):
-        if path.endswith("bad.jpg"):
-            assert np.isnan(vector).all()
+class Counting(Local):
+    """Remembers how many images it computed."""
+
+    def __init__(self, entry: Path, **options: Any) -> None:
+        super().__init__(entry, **options)
+        self.computed = 0
+
+    def embed(self, prepared: list[np.ndarray]) -> list[np.ndarray | str]:
+        self.computed += len(prepared)
+        return super().embed(prepared)
+
+
+Run = Callable[..., tuple[Done, int]]
+
+
+@pytest.fixture
+def run(entry: Path) -> Run:
+    """run(out, *sources, ...) -> what was done, and how many images the model computed."""
+
+    def one(
+        out: Path, *sources: object, options: dict[str, Any] | None = None, **job: Any
+    ) -> tuple[Done, int]:
+        embedder = Counting(entry, **(options or {}))
+        asked = Job([str(source) for source in sources], str(out), **job)
+        check(asked)
+        return embed(asked, embedder), embedder.computed
+
+    return one
+
+
+def rows_of(out: Path) -> dict[str, np.ndarray | None]:
+    """Vector by id; None where there is an error. Every id once."""
+    _, rows = read_file(out)
+    assert len(set(rows.ids)) == len(rows.ids)
+    good = zip(rows.ids, rows.vectors, rows.errors, strict=True)
+    return {name: None if error else vector for name, vector, error in good}
+
+
+def check_red(rows: dict[str, np.ndarray | None], level: float = 0.8, atol: float = 1e-6) -> None:
+    for name, vector in rows.items():
+        if name.endswith("bad.jpg"):
+            assert vector is None
         else:
-            assert vector == pytest.approx([int(Path(path).stem) * 8 / 255, 0, 0, level], abs=1e-6)
+            assert vector is not None
+            assert np.allclose(vector, [int(Path(name).stem) * 8 / 255, 0, 0, level], atol=atol)
 
 
-def test_npy(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    entry, out = write_tiny_entry(tmp_path / "models"), tmp_path / "vectors.npy"
-    assert main(["embed", str(pictures), "--entry", str(entry), "--out", str(out), "--t-end", "0.5"]) == 0
-    assert "1 files could not be used" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
-    assert len(lines) == 31
-    assert [Path(line["path"]).name for line in lines if "error" in line] == ["bad.jpg"]
-    check(np.load(out), [line["path"] for line in lines], 0.5)
-    about = json.loads((tmp_path / "vectors.about.json").read_text())
+OUTS = ["vectors", "vectors.npy", "vectors.parquet"]
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_each_form_has_every_image_once(name: str, pictures: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / name
+    sources = (pictures / "folder-0", f"{pictures}/**/1*.png", pictures / "folder-0" / "10.png")
+    done, computed = run(out, *sources, options={"t_end": 0.5})
+    rows = rows_of(out)
+    assert (len(rows), computed, done.summary.failed) == (16 + 5, 20, 1)
+    check_red(rows, 0.5)
+    about, whole = read_file(out)
     assert (about["fingerprint"], about["feature"], about["t_end"]) == (tiny_digest()[:12], "embedding", 0.5)
-    assert not out.with_name("vectors.npy.parts").exists()
+    assert (about["dim"], about["dtype"], about["normalize"]) == (4, "float32", False)
+    for id, digest in zip(whole.ids, whole.digests, strict=True):
+        assert digest == hashlib.sha256(Path(id).read_bytes()).hexdigest()
+    left = {path.name for path in tmp_path.iterdir()} - {"models", "pictures"}
+    beside = {"vectors.jsonl", "vectors.about.json"} if name == "vectors.npy" else set()
+    assert left == {name} | beside
 
 
-def test_parquet_patterns_and_each_file_once(pictures: Path, tmp_path: Path) -> None:
-    entry, out = write_tiny_entry(tmp_path / "models"), tmp_path / "vectors.parquet"
-    sources = [f"{pictures}/**/1*.png", str(pictures / "folder-0" / "10.png"), str(pictures / "folder-0")]
-    assert main(["embed", *sources, "--entry", str(entry), "--out", str(out)]) == 0
-    table = pq.read_table(out)
-    paths = table["path"].to_pylist()
-    assert len(paths) == len(set(paths)) == 5 + 16
-    check(np.stack(table["embedding"].to_numpy()), paths)
-    about = json.loads(table.schema.metadata[b"prg"])
-    assert about == {
-        "fingerprint": tiny_digest()[:12],
-        "feature": "embedding",
-        "t_end": 0.8,
-        "normalize": False,
-    }
-    assert [e is None for e in table["error"].to_pylist()] == [not p.endswith("bad.jpg") for p in paths]
+@pytest.mark.parametrize("name", OUTS)
+def test_only_what_changed_is_computed_again(name: str, pictures: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / name
+    assert run(out, pictures)[1] == 30
+    assert run(out, pictures)[1] == 0
+
+    (pictures / "folder-1" / "31.png").write_bytes(png((31 * 8, 0, 0)))  # new
+    (pictures / "folder-0" / "02.png").write_bytes(png((4 * 8, 0, 0)))  # changed
+    (pictures / "folder-0" / "04.png").unlink()
+    (pictures / "folder-0" / "bad.jpg").write_bytes(png((9 * 8, 0, 0)))  # mended
+    assert run(out, pictures)[1] == 3
+    rows = rows_of(out)
+    assert len(rows) == 31
+    assert str(pictures / "folder-0" / "04.png") not in rows
+    assert rows.pop(str(pictures / "folder-0" / "02.png")) == pytest.approx([4 * 8 / 255, 0, 0, 0.8])
+    assert rows.pop(str(pictures / "folder-0" / "bad.jpg")) == pytest.approx([9 * 8 / 255, 0, 0, 0.8])
+    check_red(rows)
 
 
-def test_it_goes_on_where_it_was_stopped(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_new_image_touches_one_partition(
+    pictures: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partitions, "PART", 8)
-    entry, out = write_tiny_entry(tmp_path / "models"), tmp_path / "vectors.npy"
-    command = ["embed", str(pictures), "--entry", str(entry), "--out", str(out)]
-    real, asked = Local.embed, []
+    monkeypatch.setattr(partitions, "ROWS", 8)
+    out = tmp_path / "vectors"
+    run(out, pictures)
+    before = {part: part.stat().st_mtime_ns for part in out.glob("part-*")}
+    assert len(before) >= 4
+    (pictures / "31.png").write_bytes(png((31 * 8, 0, 0)))
+    assert run(out, pictures)[1] == 1
+    changed = [part for part in out.glob("part-*") if before.get(part) != part.stat().st_mtime_ns]
+    # The group of 31.png may be fuller than a partition, and then a second one is touched.
+    assert 1 <= len(changed) <= 2
+    check_red(rows_of(out))
 
-    def stopped(self: Local, files: list[Path]) -> Rows:
-        asked.append(len(files))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return real(self, files)
 
-    monkeypatch.setattr(Local, "embed", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        main(command)
-    assert not out.exists()
-    assert main([*command, "--normalize"]) == 1
-    assert "begun with other images, weights or options" in capsys.readouterr().err
-    assert main(command) == 0
-    assert asked == [8, 8, 8, 8, 7]
-    check(
-        np.load(out),
-        [json.loads(line)["path"] for line in (tmp_path / "vectors.jsonl").read_text().splitlines()],
+@pytest.mark.parametrize(("few", "many"), [(3, 30), (30, 3)])
+def test_a_folder_that_grows_or_shrinks_is_dealt_anew_and_nothing_computed_twice(
+    few: int, many: int, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "ROWS", 8)
+    folder, out = tmp_path / "photos", tmp_path / "vectors"
+    folder.mkdir()
+    for i in range(few):
+        (folder / f"{i:02}.png").write_bytes(png((i * 8, 0, 0)))
+    run(out, folder)
+    for i in range(30):
+        path = folder / f"{i:02}.png"
+        path.write_bytes(png((i * 8, 0, 0))) if i < many else path.unlink()
+    assert run(out, folder)[1] == max(0, many - few)
+    rows = rows_of(out)
+    assert len(rows) == many
+    check_red(rows)
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from prg.embed import partitions
+from prg.embed.local import Local
+from prg.cli import main
+
+partitions.ROWS = 8
+real = Local.embed
+Local.batch = 4
+count = 0
+
+def slow(self, prepared):
+    global count
+    count += len(prepared)
+    if count > 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, prepared)
+
+Local.embed = slow
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_after_a_kill_no_row_is_lost_or_doubled(
+    name: str, pictures: Path, tmp_path: Path, entry: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / name
+    command = [sys.executable, "-c", KILLED, "embed", str(pictures), "--entry", str(entry), "--out", str(out)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    monkeypatch.setattr(partitions, "ROWS", 8)
+    with pytest.raises((DataError, FileNotFoundError)):  # nobody takes it for complete
+        read_file(out)
+    (pictures / "31.png").write_bytes(png((31 * 8, 0, 0)))
+    _, computed = run(out, pictures)
+    assert 11 <= computed < 31
+    rows = rows_of(out)
+    assert len(rows) == 32
+    check_red(rows)
+
+
+def test_shards_together_are_the_whole(
+    pictures: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "ROWS", 8)
+    write_tar(pictures / "more.tar", {"40.png": 40, "41.png": 41})
+    out = tmp_path / "vectors"
+    sources = (pictures, pictures / "more.tar")
+    done = [run(out, *sources, number=i, count=3) for i in (2, 0, 1)]
+    assert [d.complete for d, _ in done] == [False, False, True]
+    assert sum(computed for _, computed in done) == 32
+    rows = rows_of(out)
+    assert len(rows) == 33
+    assert run(out, *sources)[1] == 0
+    assert not list(out.glob("_done*"))
+
+
+def write_tar(path: Path, members: dict[str, int | bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = png((content * 8, 0, 0)) if isinstance(content, int) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_parquet(path: Path, reds: list[int]) -> None:
+    cells = pa.array(
+        [{"bytes": png((red * 8, 0, 0)), "path": None} for red in reds],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
+    pq.write_table(pa.table({"image": cells}), path)
+
+
+def test_tars_and_parquet_hold_images(tmp_path: Path, run: Run) -> None:
+    folder, out = tmp_path / "shards", tmp_path / "vectors"
+    folder.mkdir()
+    write_tar(
+        folder / "a.tar", {"x/01.png": 1, "x/01.txt": b"its text", "x/._01.png": b"a Mac's", "02.png": 2}
+    )
+    write_parquet(folder / "b.parquet", [3, 4, 5])
+    assert run(out, folder)[1] == 5
+    found = {name: round(float(v[0] * 255 / 8)) for name, v in rows_of(out).items() if v is not None}
+    a, b = folder / "a.tar", folder / "b.parquet"
+    assert found == {f"{a}#x/01.png": 1, f"{a}#02.png": 2, f"{b}#0": 3, f"{b}#1": 4, f"{b}#2": 5}
+
+    write_parquet(folder / "b.parquet", [6, 3, 4, 5])  # every row is another's now
+    (folder / "a.tar").unlink()
+    assert run(out, folder)[1] == 4
+    assert len(rows_of(out)) == 4
+
+
+def test_a_broken_archive_is_named_and_what_is_there_stays(tmp_path: Path, run: Run) -> None:
+    tar, out = tmp_path / "a.tar", tmp_path / "vectors"
+    write_tar(tar, {f"{i:02}.png": i for i in range(20)})
+    run(out, tar)
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:9000])
+    with pytest.raises(DataError, match=r"a\.tar"):
+        run(out, tar)
+    assert not (out / "_SUCCESS").exists()
+    tar.write_bytes(whole)
+    assert run(out, tar)[1] == 0
+    assert len(rows_of(out)) == 20
+
+
+def test_a_damaged_partition_is_made_again(pictures: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "vectors"
+    run(out, pictures)
+    [part] = out.glob("part-*")
+    part.write_bytes(part.read_bytes()[:100])
+    assert run(out, pictures)[1] == 30
+    assert len(rows_of(out)) == 31
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_vectors_of_two_kinds_are_not_mixed(name: str, pictures: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / name
+    run(out, pictures)
+    before = rows_of(out)
+    for other in ({"options": {"t_end": 0.5}}, {"options": {"feature": "hidden"}}, {"dtype": "float16"}):
+        with pytest.raises(DataError, match="--out"):
+            run(out, pictures, **other)
+    with pytest.raises(DataError, match="pictures"):  # else all but folder-0 would vanish
+        run(out, pictures / "folder-0")
+    assert rows_of(out).keys() == before.keys()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "31.png").write_bytes(png((31 * 8, 0, 0)))
+    assert run(out, pictures, tmp_path / "more")[1] == 1
+
+
+def test_a_source_without_images_removes_nothing(pictures: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "vectors"
+    run(out, pictures)
+    pictures.rename(tmp_path / "elsewhere")
+    pictures.mkdir()  # as a disk that is not mounted
+    with pytest.raises(DataError, match="pictures"):
+        run(out, pictures)
+    assert len(rows_of(out)) == 31
+
+
+def test_two_runs_into_one_output_exclude_each_other(
+    pictures: Path, tmp_path: Path, entry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = Local.embed, []
+    jobs = [Job([str(pictures)], str(tmp_path / "v"), count=count) for count in (1, 2)]
+
+    def second(self: Local, prepared: list[np.ndarray]) -> list[np.ndarray | str]:
+        monkeypatch.setattr(Local, "embed", real)
+        for job in jobs:
+            with closing(Local(entry)) as other, pytest.raises(DataError, match="another run"):
+                embed(job, other)
+            refused.append(job)
+        return real(self, prepared)
+
+    monkeypatch.setattr(Local, "embed", second)
+    with closing(Local(entry)) as first:
+        embed(jobs[0], first)
+    assert refused == jobs
+    assert len(rows_of(tmp_path / "v")) == 31
+
+
+def test_half_precision(pictures: Path, tmp_path: Path, run: Run) -> None:
+    for name in OUTS:
+        out = tmp_path / name
+        run(out, pictures, dtype="float16")
+        assert run(out, pictures, dtype="float16")[1] == 0
+        _, rows = read_file(out)
+        assert rows.vectors.dtype == np.float16
+        check_red(rows_of(out), atol=1e-3)
 
 
 @pytest.fixture
@@ -109,63 +351,46 @@ def url(tmp_path: Path) -> Iterator[str]:
         yield f"http://{address}"
 
 
-def test_a_service_gives_the_same(pictures: Path, tmp_path: Path, url: str) -> None:
-    entry = write_tiny_entry(tmp_path / "models")
+def test_a_service_gives_the_same(pictures: Path, tmp_path: Path, url: str, entry: Path) -> None:
     options = ["--feature", "state", "--normalize", "--t-end", "0.25"]
     for where, name in ((["--entry", str(entry)], "a.npy"), (["--url", url], "b.npy")):
         assert main(["embed", str(pictures), *where, *options, "--out", str(tmp_path / name)]) == 0
     a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
     assert np.allclose(a, b, equal_nan=True, atol=1e-6)
-    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    lines = [
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in "ab"
+    ]
+    assert lines[0] == lines[1]
+    with closing(Remote(url, None, {})) as service, closing(Local(entry)) as here:
+        assert service.identity == here.identity
 
 
-def test_weights_replaced_meanwhile_are_not_mixed(
-    pictures: Path,
-    tmp_path: Path,
-    url: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(partitions, "PART", 16)
-    real = Remote.embed
-
-    def replaced(self: Remote, files: list[Path]) -> Rows:
-        rows = real(self, files)
-        return replace(rows, fingerprint="0" * 12) if len(files) < 16 else rows
-
-    monkeypatch.setattr(Remote, "embed", replaced)
-    out = tmp_path / "vectors.npy"
-    assert main(["embed", str(pictures), "--url", url, "--out", str(out)]) == 1
-    assert "was replaced meanwhile" in capsys.readouterr().err
-    assert not out.exists()
+def test_weights_replaced_meanwhile_are_not_mixed(pictures: Path, tmp_path: Path, url: str) -> None:
+    with closing(Remote(url, None, {})) as service:
+        service.identity["fingerprint"] = "0" * 12
+        with pytest.raises(DataError, match="replaced"):
+            embed(Job([str(pictures)], str(tmp_path / "v")), service)
+    assert not (tmp_path / "v" / "_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ""])
 def test_strange_names_and_dangling_links_are_rows(tmp_path: Path, url: str, suffix: str) -> None:
-    pictures, out = tmp_path / "pictures", tmp_path / f"vectors.{suffix}"
-    pictures.mkdir()
-    Path(os.fsdecode(bytes(pictures) + b"/\xff.png")).write_bytes(png())
-    (pictures / "gone.png").symlink_to("nowhere")
-    assert main(["embed", str(pictures), "--url", url, "--out", str(out)]) == 0
-    if suffix == "npy":
-        rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
-        vectors = np.load(out)
-    else:
-        rows = pq.read_table(out).to_pylist()
-        vectors = np.stack([row["embedding"] for row in rows])
-    assert [Path(row["path"]).name for row in rows] == ["gone.png", "\\xff.png"]
-    assert "No such file" in rows[0]["error"]
-    assert np.isnan(vectors[0]).all()
-    assert vectors[1] == pytest.approx([1, 0, 0, 0.8])
+    folder, out = tmp_path / "photos", tmp_path / f"vectors{suffix}"
+    folder.mkdir()
+    Path(os.fsdecode(bytes(folder) + b"/\xff.png")).write_bytes(png())
+    (folder / "gone.png").symlink_to("nowhere")
+    with closing(Remote(url, None, {})) as service:
+        embed(Job([str(folder)], str(out)), service)
+    rows = {Path(name).name: vector for name, vector in rows_of(out).items()}
+    assert rows["gone.png"] is None
+    assert rows["\\xff.png"] == pytest.approx([1, 0, 0, 0.8])
 
 
-def test_a_folder_that_is_a_link_is_an_error(
-    pictures: Path, tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_a_link_is_an_error(pictures: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "elsewhere").mkdir()
     (pictures / "more").symlink_to(tmp_path / "elsewhere")
-    assert main(["embed", str(pictures), "--url", url, "--out", str(tmp_path / "v.npy")]) == 1
-    assert f"{pictures / 'more'}: a link to" in capsys.readouterr().err
+    with pytest.raises(DataError, match="more: a link to"):
+        run(tmp_path / "v", pictures)
 
 
 def test_the_client_sends_a_file_of_any_name(tmp_path: Path, url: str) -> None:
@@ -175,42 +400,57 @@ def test_the_client_sends_a_file_of_any_name(tmp_path: Path, url: str) -> None:
         assert client.embed([strange]).vectors[0] == pytest.approx([1, 0, 0, 0.8])
 
 
-def test_a_file_that_goes_away_is_a_row(tmp_path: Path, url: str) -> None:
-    (tmp_path / "a.png").write_bytes(png())
-    with closing(Remote(url, None, {})) as service:
-        rows = service.embed([tmp_path / "gone.png", tmp_path / "a.png"])
-    assert "No such file" in rows.errors[0]
-    assert np.isnan(rows.vectors[0]).all()
-    assert rows.vectors[1] == pytest.approx([1, 0, 0, 0.8])
-
-
-def test_no_service_is_explained(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_person_sees_what_failed_and_what_was_skipped(
+    pictures: Path, tmp_path: Path, entry: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("prg.client.RETRIES", 0)
-    command = ["embed", str(pictures), "--url", "http://127.0.0.1:1", "--out", str(tmp_path / "a.npy")]
-    assert main(command) == 1
-    assert "no service answers at http://127.0.0.1:1" in capsys.readouterr().err
+    assert main(["embed", str(pictures), "--entry", str(entry), "--out", str(tmp_path / "v")]) == 0
+    shown = capsys.readouterr().out
+    for word in ("31 images", "30", "bad.jpg", ".txt"):
+        assert word in shown
+    assert "._00" not in shown
+
+
+def test_a_key_that_is_missing_is_named(pictures: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[[key]]\nname = "a"\nsha256 = "{"0" * 64}"\nscopes = ["infer"]\n')
+    settings = Settings(model_repository=write_tiny_entry(tmp_path / "served").parent, api_keys_file=keys)
+    with served(settings) as address, pytest.raises(DataError, match="PRG_KEY"):
+        Remote(f"http://{address}", None, {})
 
 
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        (["/none", "--out", "a.npy", "--entry", "ENTRY"], "/none: no such file"),
-        (["EMPTY", "--out", "a.npy", "--entry", "ENTRY"], "no images in"),
-        (["EMPTY", "--out", "a.csv", "--entry", "ENTRY"], "must end in .npy or .parquet"),
-        (["EMPTY", "--out", "a.npy", "--entry", "/none"], "config.pbtxt"),
-        (["EMPTY", "--out", "a.npy", "--entry", "ENTRY", "--t-end", "2"], "from 0 to 1"),
-        (["EMPTY", "--out", "a.npy", "--entry", "ENTRY", "--model", "x"], "--url"),
+        (["/none", "--out", "a", "--entry", "ENTRY"], "/none"),
+        (["EMPTY", "--out", "a", "--entry", "ENTRY"], "empty"),
+        (["EMPTY", "--out", "a.csv", "--entry", "ENTRY"], "a.csv"),
+        (["EMPTY", "--out", "a.npy", "--entry", "ENTRY", "--shard", "0/2"], "--shard"),
+        (["EMPTY", "--out", "a", "--entry", "/none"], "config.pbtxt"),
+        (["EMPTY", "--out", "a", "--entry", "ENTRY", "--t-end", "2"], "--t-end"),
+        (["EMPTY", "--out", "a", "--entry", "ENTRY", "--model", "x"], "--url"),
+        (["nosuch://x/", "--out", "a", "--entry", "ENTRY"], "nosuch"),
+        (["EMPTY", "--out", "FULL", "--entry", "ENTRY"], "--out"),
     ],
 )
 def test_errors_are_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], named: str
+    tmp_path: Path,
+    entry: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    names = {"ENTRY": str(write_tiny_entry(tmp_path / "models")), "EMPTY": str(tmp_path / "empty")}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.png").write_bytes(png())
+    names = {"ENTRY": str(entry), "EMPTY": str(tmp_path / "empty"), "FULL": str(tmp_path / "full")}
+    if "FULL" in command:
+        names["EMPTY"] = names["FULL"]
     assert main(["embed", *(names.get(word, word) for word in command)]) == 1
-    assert named in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert named in error
+    assert "Traceback" not in error
 
 
 def test_another_head_on_the_same_encoder_goes_on(tmp_path: Path) -> None:
