@@ -187,12 +187,19 @@ def slow(self, prepared):
     global count
     count += len(prepared)
     if count > 20:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(sys.argv.pop()))
+        count = 0
     return real(self, prepared)
 
 Local.embed = slow
-main(sys.argv[1:])
+sys.exit(main(sys.argv[1:-1]))
 """
+
+
+def stopped(signum: signal.Signals, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`prg embed`, which gets the signal while it computes."""
+    command = [sys.executable, "-c", KILLED, "embed", *arguments, str(int(signum))]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", OUTS)
@@ -200,8 +207,8 @@ def test_after_a_kill_no_row_is_lost_or_doubled(
     name: str, pictures: Path, tmp_path: Path, entry: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / name
-    command = [sys.executable, "-c", KILLED, "embed", str(pictures), "--entry", str(entry), "--out", str(out)]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    done = stopped(signal.SIGKILL, str(pictures), "--entry", str(entry), "--out", str(out))
+    assert done.returncode == -signal.SIGKILL
     monkeypatch.setattr(partitions, "ROWS", 8)
     with pytest.raises((DataError, FileNotFoundError)):  # nobody takes it for complete
         read_file(out)
@@ -211,6 +218,13 @@ def test_after_a_kill_no_row_is_lost_or_doubled(
     rows = rows_of(out)
     assert len(rows) == 32
     check_red(rows)
+
+
+def test_an_interruption_is_one_line(pictures: Path, tmp_path: Path, entry: Path) -> None:
+    done = stopped(signal.SIGINT, str(pictures), "--entry", str(entry), "--out", str(tmp_path / "v"))
+    assert done.returncode == 130
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("prg: ")
 
 
 def test_shards_together_are_the_whole(
