@@ -80,7 +80,8 @@ def same_classes(images: Images, trained: tuple[str, ...], where: str) -> Images
     Raises DataError for images without labels, or of a class that training never saw.
     """
     if images.labels is None:
-        raise DataError(f"{where}: no labels{images.why_unlabelled and ': '}{images.why_unlabelled}")
+        why = f": {images.why_unlabelled}" if images.why_unlabelled else ""
+        raise DataError(f"{where}: no labels{why}")
     number = numbers_of(images.classes, trained)
     unknown = [images.classes[i] for i, n in enumerate(number) if n is None]
     if unknown:

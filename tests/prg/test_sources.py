@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -306,6 +308,12 @@ def test_cells_that_only_name_a_file(tmp_path: Path) -> None:
         assert cell_bytes(empty, folder, "here") == b""
     with pytest.raises(DataError, match="here: holds no bytes, but the path a"):
         cell_bytes({"bytes": None, "path": "a"}, None, "here")
+
+
+def test_columns_are_found_without_what_trains() -> None:
+    """For `prg embed`, which needs neither torch nor datasets."""
+    code = "import sys, prg.images.parquet; sys.exit(len({'torch', 'datasets', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_files_of_a_split_have_the_same_columns(tmp_path: Path) -> None:
