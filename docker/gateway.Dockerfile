@@ -1,7 +1,9 @@
-# The gateway alone, for Triton behind it: no torch, no compiler, no root.
+# The gateway: no compiler, no root; and no torch, unless TORCH_INDEX says where to get it (docker/gpu-lite.yml).
 FROM python:3.11-slim AS build
+ARG TORCH_INDEX=
 WORKDIR /src
-RUN python -m venv /venv
+RUN python -m venv /venv \
+    && if [ -n "$TORCH_INDEX" ]; then /venv/bin/pip install --no-cache-dir torch==2.13.0 --index-url "$TORCH_INDEX"; fi
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY entry entry
 COPY prg prg

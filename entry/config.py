@@ -213,6 +213,13 @@ class Entry:
     """Most rows of one call to Triton."""
     failed_versions: Mapping[str, str] = field(default_factory=dict)
     """Those that can't be used, with the reason."""
+    computed_in: Literal["bf16"] | None = None
+    """The precision that its user asked for, in place of its own."""
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in."""
+        return self.computed_in or self.prg.precision
 
     @property
     def has_head(self) -> bool:
@@ -230,8 +237,12 @@ class Entry:
         return tuple(sorted(self.prg.versions.keys() - self.failed_versions.keys(), key=int))
 
     def fingerprints(self, version: str) -> Fingerprints:
-        """What the answers of a version are marked with."""
-        return self.prg.versions[version].fingerprints
+        """What the answers of a version are marked with; in another precision than its own they are other answers."""
+        own = self.prg.versions[version].fingerprints
+        if self.precision == self.prg.precision:
+            return own
+        mark = f"-{self.precision}"
+        return Fingerprints(encoder=own.encoder + mark, model=own.model + mark)
 
     def outputs(self) -> dict[str, int]:
         """Output names in the module's order, with their lengths."""

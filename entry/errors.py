@@ -1,4 +1,4 @@
-"""What a person can mend: an entry that can't be used, a package that is not installed."""
+"""What a person can mend: an entry or a device that can't be used, a package that is not installed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,10 @@ OURS = ("entry", "prg", "service")
 
 class EntryError(ValueError):
     """An entry that can't be used; the message names the file, the key and what to do."""
+
+
+class DeviceError(ValueError):
+    """A device that is not there; the message says which are."""
 
 
 class PackageError(RuntimeError):

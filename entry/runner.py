@@ -1,21 +1,42 @@
 """Run an entry's model.pt in this process; the package's only importer of torch."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from entry.config import EntryError, check_weights, read_entry
+from entry.errors import DeviceError
+
+Precision = Literal["entry", "bf16"]
+"""The entry's own, or its network in bf16."""
+
+
+def find_device(asked: str = "auto") -> torch.device:
+    """auto: the GPU, where there is one, else the processor. Raises DeviceError for one that is not there."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if asked == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+    there = ["cpu", *(["cuda"] if gpus else []), *gpus]
+    if asked not in there:
+        build = "" if torch.version.cuda else f"; this PyTorch, {torch.__version__}, is built without CUDA"
+        raise DeviceError(f"no device {asked!r} here; there are: {', '.join(there)}{build}")
+    return torch.device(asked)
 
 
 class Runner:
     """One version of an entry, loaded and checked.
 
-    Raises EntryError where the entry is not usable, its digest differs, or the module does not answer with
-    the tensors that its configuration promises.
+    device: as `find_device` takes it. Raises EntryError where the entry is not usable, its digest differs, or the
+    module does not answer with the tensors that its configuration promises; DeviceError.
     """
 
-    def __init__(self, directory: Path, version: str | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, directory: Path, version: str | None = None, device: str = "cpu", precision: Precision = "entry"
+    ) -> None:
         self.entry = read_entry(directory)
         self.version = version or self.entry.default_version
         if reason := self.entry.failed_versions.get(self.version):
@@ -24,19 +45,23 @@ class Runner:
             raise EntryError(
                 f"{directory}: no version {self.version!r} (there are: {', '.join(self.entry.prg.versions)})"
             )
-        self.device = torch.device(device)
+        self.device = find_device(device)
+        self.most_rows: int | None = None
+        """Of a batch, once a larger one did not fit into the device's memory."""
         path = check_weights(directory, self.entry, self.version)
         try:
             self.module = torch.jit.load(str(path), map_location=self.device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise EntryError(f"{path}: PyTorch {torch.__version__} can't load it ({reason})") from None
+        if precision == "bf16":
+            self._compute_in_bf16(path)
         self._check(path)
 
     def run(self, images: np.ndarray, t_end: np.ndarray) -> dict[str, np.ndarray]:
         """images uint8 [B, 3, S, S] and t_end float32 [B] -> the entry's outputs by name, float32 [B, D] each.
 
-        Raises ValueError on other shapes.
+        A batch that does not fit into the GPU's memory is computed in halves. Raises ValueError on other shapes.
         """
         size = self.entry.prg.image.size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -45,6 +70,24 @@ class Runner:
             )
         if t_end.dtype != np.float32 or t_end.shape != images.shape[:1]:
             raise ValueError(f"t_end is {t_end.dtype} {t_end.shape}, must be float32 [{len(images)}]")
+        rows = self.most_rows or len(images)
+        try:
+            parts = [
+                self._run(images[i : i + rows], t_end[i : i + rows]) for i in range(0, len(images), rows)
+            ]
+        except torch.cuda.OutOfMemoryError:
+            if rows == 1:
+                raise
+            self.most_rows = (rows + 1) // 2
+            torch.cuda.empty_cache()
+            logging.getLogger("prg").warning(
+                "%s: %d images at once don't fit into the memory of %s; from now on %d",
+                *(self.entry.name, rows, self.device, self.most_rows),
+            )
+            return self.run(images, t_end)
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.entry.outputs()}
+
+    def _run(self, images: np.ndarray, t_end: np.ndarray) -> dict[str, np.ndarray]:
         tensors = zip(self.entry.outputs(), self._call(images, t_end), strict=True)
         return {name: tensor.float().cpu().numpy() for name, tensor in tensors}
 
@@ -54,6 +97,14 @@ class Runner:
             levels = torch.from_numpy(np.ascontiguousarray(t_end)).to(self.device)[:, None]
             outputs: tuple[torch.Tensor, ...] = self.module(pixels, levels)
         return outputs
+
+    def _compute_in_bf16(self, path: Path) -> None:
+        """The network's weights in bf16: it computes in their precision, and all else stays in float32."""
+        try:
+            self.module.encoder.solver.velocity.net.to(torch.bfloat16)
+        except AttributeError:
+            raise EntryError(f"{path}: no network that could compute in bf16; serve it as it is") from None
+        self.entry = replace(self.entry, computed_in="bf16")
 
     def _check(self, path: Path) -> None:
         """Run one image through the module and compare its answers with the configuration."""

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from entry.errors import EntryError, PackageError, needs
+from entry.errors import DeviceError, EntryError, PackageError, needs
 from prg.commands import embed, evaluate, export, imports, reproduce, train
 from prg.console import world_size
 from prg.errors import Interrupted, PrgError, ProcessError
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with needs(getattr(arguments, "extra", "train")):
             _run(arguments)
-    except (PrgError, EntryError, ServiceError, PackageError) as error:
+    except (PrgError, DeviceError, EntryError, ServiceError, PackageError) as error:
         return _explain(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

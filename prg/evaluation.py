@@ -10,6 +10,7 @@ from entry.runner import Runner
 from prg.console import track
 from prg.export import BY_CLASS, write_card
 from prg.images.sets import Images, same_classes
+from prg.machine import choose_device
 
 BATCH = 64
 BINS = 15
@@ -62,13 +63,13 @@ class Evaluation:
 
 
 def evaluate(
-    directory: Path, images: Images, name: str, version: str | None = None, device: str = "cpu"
+    directory: Path, images: Images, name: str, version: str | None = None, device: str = ""
 ) -> Evaluation:
     """Classify labelled images with the entry's model.pt; `name` says what they are.
 
     Raises EntryError for an entry without head, DataError for images without labels or of other classes.
     """
-    runner = Runner(directory, version, device)
+    runner = Runner(directory, version, device or str(choose_device()))
     prg = runner.entry.prg
     if prg.labels is None or prg.classify_t_end is None:
         raise EntryError(

@@ -1,5 +1,6 @@
 """The device that computes: which one, its name, and the precision it trains fastest in."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -8,14 +9,14 @@ from typing import Literal
 
 import torch
 
+from entry.runner import find_device
+
 Precision = Literal["fp32", "bf16"]
 
 
 def choose_device() -> torch.device:
-    """The GPU where there is one; of several, this process's own."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """What PRG_DEVICE names, else the GPU where there is one; of several, this process's own. Raises DeviceError."""
+    return find_device(os.environ.get("PRG_DEVICE") or "auto")
 
 
 def device_name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
+from itertools import filterfalse
 from types import FrameType
 
 import uvicorn
@@ -16,6 +17,8 @@ from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 from starlette.middleware.cors import CORSMiddleware
 
+from entry.errors import DeviceError
+from entry.files import is_hidden
 from service import errors, openapi
 from service.auth import Keys, new_key
 from service.engines.contract import Engine
@@ -94,16 +97,29 @@ def check_repository(settings: Settings) -> None:
     Under Triton there is nothing to look at: it may come later than this service.
     """
     if settings.engine != "embedded":
+        for name, default in (("device", "auto"), ("precision", "entry")):
+            if getattr(settings, name) != default:
+                raise SettingsError(
+                    f"PRG_{name.upper()}={getattr(settings, name)} is of the embedded engine; "
+                    "PRG_ENGINE=triton computes where Triton does"
+                )
         return
     if importlib.util.find_spec("torch") is None:
         raise SettingsError(
             "PRG_ENGINE=embedded: the package torch is missing; pip install 'prg-service[embedded]', "
             "or say PRG_ENGINE=triton"
         )
+    from entry.runner import find_device  # imports torch
+
+    try:
+        find_device(settings.device)
+    except DeviceError as error:
+        raise SettingsError(f"PRG_DEVICE: {error}") from None
     repository = settings.model_repository
     if not repository.is_dir():
         raise SettingsError(f"PRG_MODEL_REPOSITORY={repository}: no such folder")
-    names = {path.parent.name for path in repository.glob("*/config.pbtxt")}
+    found = (path.parent.name for path in repository.glob("*/config.pbtxt"))
+    names = set(filterfalse(is_hidden, found))
     if not names:
         raise SettingsError(
             f"PRG_MODEL_REPOSITORY={repository}: no entry in it; write one with `prg export RUN {repository}/NAME`"

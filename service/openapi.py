@@ -67,6 +67,7 @@ MODEL = schemas.ModelInfo(
     solver="euler",
     steps=1,
     nfe=2,
+    precision="fp32",
     accuracy=[Accuracy(data="cifar10/test", images=10000, top1=0.9482, top5=0.9949)],
     fingerprints={"1": FINGERPRINTS},
     failed_versions={},

@@ -215,6 +215,7 @@ class ModelInfo(BaseModel):
     solver: str | None = None
     steps: int | None = None
     nfe: int | None = None
+    precision: str | None = None
     accuracy: list[Accuracy] | None = None
     fingerprints: dict[str, Fingerprints] | None = None
     failed_versions: dict[str, str] | None = None

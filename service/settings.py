@@ -40,6 +40,11 @@ class Settings(BaseSettings):
     """Where models run: in this process, or in Triton servers."""
     triton_url: Annotated[tuple[str, ...], NoDecode] = ("127.0.0.1:8001",)
     """Comma-separated host:port of the gRPC of one or several Tritons that serve the same models."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """Of the embedded engine: cpu, cuda, cuda:1 and so on; auto: the GPU where there is one."""
+    precision: Literal["entry", "bf16"] = "entry"
+    """What the embedded engine's networks compute in: the entry's own precision, or bf16. Fingerprints then end in
+    -bf16."""
     model_repository: Path = Field(default_factory=_repository)
     """Folder of entries for the embedded engine; by default ./model_repository, or the shipped model without one."""
     host: str = "127.0.0.1"

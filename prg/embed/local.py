@@ -1,19 +1,24 @@
 """Embeddings by an entry in this process."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from entry.errors import EntryError
+from entry.errors import DeviceError, EntryError
 from entry.images import load_image
 from entry.runner import Runner
 from entry.vectors import unit_length
 from prg.images.decoded import LIMITS
+from prg.machine import choose_device
 
 
 class Local:
-    """An entry in this process."""
+    """An entry in this process, on PRG_DEVICE and in PRG_PRECISION as the service takes them.
+
+    Raises EntryError, DeviceError.
+    """
 
     batch = 32
 
@@ -24,7 +29,10 @@ class Local:
         feature: Literal["embedding", "hidden", "state"] | None = None,
         normalize: bool = False,
     ) -> None:
-        self._runner = Runner(directory)
+        precision = os.environ.get("PRG_PRECISION") or "entry"
+        if precision not in ("entry", "bf16"):
+            raise DeviceError(f"PRG_PRECISION={precision}: must be entry or bf16")
+        self._runner = Runner(directory, None, str(choose_device()), precision)  # type: ignore[arg-type]
         entry, prg = self._runner.entry, self._runner.entry.prg
         self._t_end = prg.t_end if t_end is None else t_end
         feature = feature or prg.feature

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,7 @@ class EmbeddedEngine:
         status has the reason: a slip in the repository must not take a working model down.
         """
         async with self._rescanning:
-            found = await asyncio.to_thread(find_entries, self._repository)
+            found = await asyncio.to_thread(self._found)
             wanted = {n: e for n, e in found.items() if self._chosen is None or n in self._chosen}
             self._loading = frozenset(wanted)
             try:
@@ -92,6 +92,13 @@ class EmbeddedEngine:
         for batcher in old:
             await batcher.drain()
         self._metrics.models(for_metrics(self._statuses()))
+
+    def _found(self) -> dict[str, Entry | EntryError]:
+        """The entries as they will answer here."""
+        found = find_entries(self._repository)
+        if self._settings.precision == "entry":
+            return found
+        return {n: replace(e, computed_in="bf16") if isinstance(e, Entry) else e for n, e in found.items()}
 
     async def _refreshed(self, name: str, found: Entry | EntryError) -> _Model:
         before = self._models.get(name)
@@ -136,18 +143,24 @@ class EmbeddedEngine:
         if old and _same(old.runner.entry, entry, version):
             return old
         directory = self._repository / entry.name
-        runner = await asyncio.to_thread(load, directory, version, self._settings.max_batch)
-        log.info("model loaded", model=entry.name, version=version)
+        runner = await asyncio.to_thread(load, directory, version, self._settings)
+        log.info(
+            "model loaded",
+            model=entry.name,
+            version=version,
+            device=str(runner.device),
+            precision=runner.entry.precision,
+        )
         return Batcher(runner, entry.name, self._settings, self._compute, self._metrics)
 
 
-def load(directory: Path, version: str, largest_batch: int) -> "Runner":
+def load(directory: Path, version: str, settings: Settings) -> "Runner":
     """A version loaded and compiled for single images and whole batches. Raises EntryError."""
     from entry.runner import Runner
 
-    runner = Runner(directory, version)
+    runner = Runner(directory, version, settings.device, settings.precision)
     size = runner.entry.prg.image.size
-    for batch in (1, largest_batch):
+    for batch in (1, settings.max_batch):
         for _ in range(WARM_UP_CALLS):
             runner.run(np.zeros((batch, 3, size, size), np.uint8), np.full(batch, 0.5, np.float32))
     return runner

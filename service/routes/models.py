@@ -56,5 +56,6 @@ def describe(status: ModelStatus) -> ModelInfo:
         facts |= prg.model_dump(include=set(ModelInfo.model_fields))
         facts |= {"versions": status.versions, "default_version": version, "image_size": prg.image.size}
         facts["accuracy"] = prg.versions[version].accuracy
+        facts["precision"] = status.entry.precision
         facts |= {"fingerprints": status.fingerprints, "failed_versions": status.failed_versions}
     return ModelInfo(**facts)

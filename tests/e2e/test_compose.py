@@ -239,10 +239,20 @@ def test_the_compose_file_is_valid(profiles: str) -> None:
     assert triton["volumes"][0]["read_only"]
 
 
+@needs_engine
+def test_one_container_on_a_gpu_needs_no_triton() -> None:
+    files = ("-f", "docker-compose.yml", "-f", "docker/gpu-lite.yml")
+    config = json.loads(run("docker", "compose", *files, "config", "--format", "json"))
+    assert config["services"].keys() == {"gateway", "prometheus"}
+    gateway = config["services"]["gateway"]
+    assert {gateway["environment"][f"PRG_{k}"] for k in ("ENGINE", "DEVICE")} == {"embedded", "cuda"}
+    assert gateway["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+
+
 def test_every_setting_reaches_the_gateway() -> None:
     """But those that the image fixes, and those of the embedded engine alone."""
     fixed = {"host", "port"}
-    embedded = {"model_repository", "max_batch", "max_delay_ms"}
+    embedded = {"model_repository", "max_batch", "max_delay_ms", "device", "precision"}
     passed = compose_file()["services"]["gateway"]["environment"]
     assert passed.keys() == {
         f"PRG_{name.upper()}" for name in Settings.model_fields.keys() - fixed - embedded

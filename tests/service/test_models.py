@@ -18,7 +18,7 @@ def test_models(client: TestClient) -> None:
     assert item == client.get("/models/tiny").json()
     assert item.keys() == {
         *("name", "state", "versions", "default_version", "image_size", "feature", "t_end", "features"),
-        *("labels", "classify_t_end", "path", "solver", "steps", "nfe", "accuracy"),
+        *("labels", "classify_t_end", "path", "solver", "steps", "nfe", "precision", "accuracy"),
         *("fingerprints", "failed_versions"),
     }
     assert item["state"] == "ready"
