@@ -1,15 +1,19 @@
 """Whether `known` tells images of other classes, and what the temperature mends. Prints one JSON line last.
 
-Both splits should be ones that the entry was not trained on. For reporting: nothing is chosen by them.
+Both splits should be ones that the entry was not trained on. For reporting: nothing is chosen by them. Both are encoded
+alike first, as JPEG at the network's size: how a data set was compressed must not tell it from another.
 """
 
 import argparse
+import io
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from entry.runner import Runner
 from prg.evaluation import reliability
@@ -19,6 +23,7 @@ from prg.images.splits import splits
 from service.routes.classify import share_below
 
 BATCH = 64
+QUALITY = 75
 RARE = 0.05
 """Of images like those held out, this share should have a `known` below it."""
 
@@ -32,13 +37,14 @@ def main(argv: list[str] | None = None) -> int:
         "--data", required=True, help="labelled images of the entry's classes; their test split"
     )
     parser.add_argument("--others", required=True, help="images of other classes; their validation split")
+    parser.add_argument("--split", default="test", help="of --data (default: test)")
     arguments = parser.parse_args(argv)
     runner = Runner(arguments.entry)
     prg = runner.entry.prg
     calibration = prg.versions[runner.version].calibration
     if prg.labels is None or calibration is None:
         parser.error(f"{arguments.entry} has no calibration")
-    own = same_classes(read(arguments.data, "test", runner), prg.labels, arguments.data)
+    own = same_classes(read(arguments.data, arguments.split, runner), prg.labels, arguments.data)
     others = read(arguments.others, "validation", runner)
     logits, known = answers(runner, own.pixels)
     other_logits, other_known = answers(runner, others.pixels)
@@ -64,9 +70,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(source: str, split: str, runner: Runner) -> Images:
-    """A split, decoded as it is served."""
+    """A split, decoded as it is served, and encoded as JPEG on the way."""
     with tempfile.TemporaryDirectory() as cache:
-        return load_split(splits(source)[split], runner.entry.prg.image, Path(cache))
+        images = load_split(splits(source)[split], runner.entry.prg.image, Path(cache))
+    return replace(images, pixels=np.stack([recoded(pixels) for pixels in images.pixels]))
+
+
+def recoded(pixels: np.ndarray) -> np.ndarray:
+    """Pixels uint8 [3, S, S] as JPEG gives them back."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=QUALITY)
+    return np.asarray(Image.open(file)).transpose(2, 0, 1)
 
 
 def answers(runner: Runner, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
