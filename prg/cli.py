@@ -10,7 +10,7 @@ from prg.errors import Interrupted, PrgError, ProcessError
 
 EXAMPLE = """
 a whole run, on your own images (one sub-folder a class):
-  prg pretrain runs/mine --recipe images-64 --data photos/
+  prg pretrain runs/mine --recipe images-32 --data photos/
   prg finetune runs/mine
   prg evaluate runs/mine
   prg export   runs/mine model_repository/mine
