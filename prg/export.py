@@ -47,6 +47,8 @@ TOLERANCES = {
 }
 SAME_BATCH = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 OTHER_BATCH = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+NOTES = "## Notes"
+"""Heading of the part of a model card that people write."""
 BY_CLASS = "by_class"
 """Key of a version's `training` for what `prg evaluate --write` found of single classes, by the name of the data."""
 LEVELS = (1.0, 0.9, 0.8, 0.55, 0.3, 0.0)
@@ -204,7 +206,7 @@ def check_no_device(module: torch.jit.ScriptModule) -> None:
 
 
 def write_card(directory: Path, entry: Entry) -> None:
-    """MODEL_CARD.md from what the entry says of itself."""
+    """MODEL_CARD.md from what the entry says of itself; a part that begins with "## Notes" stays as people wrote it."""
     prg = entry.prg
     hidden = prg.features.hidden
     lines = [
@@ -240,7 +242,10 @@ def write_card(directory: Path, entry: Entry) -> None:
                 lines += _classes(figures.data, rows, len(prg.labels or ()))
         facts = {k: v for k, v in version.training.items() if k not in ("trained_on", BY_CLASS)}
         lines += ["", "Training:", "", *(f"- {k}: {_written(v)}" for k, v in facts.items())]
-    write_atomically(directory / "MODEL_CARD.md", ("\n".join(lines) + "\n").encode())
+    card = directory / "MODEL_CARD.md"
+    _, found, notes = card.read_text("utf-8").partition(f"\n{NOTES}\n") if card.exists() else ("", "", "")
+    text = "\n".join(lines) + "\n" + (f"\n{NOTES}\n{notes}" if found else "")
+    write_atomically(card, text.encode())
 
 
 def _classes(data: str, rows: list[tuple[str, int, float | None]], classes: int) -> list[str]:
