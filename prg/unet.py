@@ -82,9 +82,9 @@ PRESETS: dict[str, UNetConfig] = {
     "fine64": replace(LIGHT, image_size=64, groups=16),
     "tiny16": replace(LIGHT, image_size=16, channels=8, multipliers=(1, 2), groups=4),
 }
-"""unet32 and unet64 are the official networks; small32, small64 and quick64 are for processors. base32 is small32 with a
-stem of stride 1 and attention, almost five times the work. quick64 sees 64 pixels for the work of small32, by a stem of
-stride 4; fine64 is the same with a stem of stride 2, four times the work. tiny16 is for trying things."""
+"""unet32 and unet64 are the official networks; small32, small64 and quick64 are for processors. base32 is small32 with
+a stem of stride 1 and attention, almost five times the work. quick64 sees 64 pixels for the work of small32, by a stem
+of stride 4; fine64 has one of stride 2, for four times the work. tiny16 is for trying things."""
 
 
 def time_embedding(t: Tensor, dim: int, shift: int = 0) -> Tensor:
