@@ -39,7 +39,7 @@ help: ## show the verbs
 
 .venv/.setup: .venv/.torch pyproject.toml constraints.txt
 	@echo "installing everything: service, training, tests"
-	@$(PIP) -c constraints.txt -e '.[embedded,train,search,dev]'
+	@$(PIP) -c constraints.txt -e '.[embedded,train,search,remote,dev]'
 	@# A real tritonserver for tests; by itself, because it asks for an old numpy that it does without here.
 	@$(PIP) --no-deps nvidia-pytriton==0.7.0 || echo "no nvidia-pytriton for this platform: its tests will be skipped"
 	@touch $@ .venv/.serve
