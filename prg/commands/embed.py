@@ -4,10 +4,13 @@ import argparse
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from entry.errors import needs
 from prg.commands.options import Commands
 from prg.errors import DataError
 
@@ -57,6 +60,12 @@ def add(commands: Commands) -> None:
         metavar="I/N",
         help="do the part I, from 0, of N; the same command with each I, on any machines, does all",
     )
+    sub.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on a Ray cluster, which RAY_ADDRESS names, or one that is started here; into a folder",
+    )
     sub.add_argument("--image-column", default="", help="of parquet with several columns of images")
     sub.set_defaults(command=_embed, extra="embedded")
 
@@ -70,7 +79,8 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from prg.embed.outputs import Job, check, embed
+    from prg.embed.outputs import Job, Write, check, embed
+    from prg.embed.partitions import write_partitions
 
     number, count = arguments.shard
     job = Job(arguments.sources, arguments.out, arguments.dtype, number, count, arguments.image_column)
@@ -78,12 +88,21 @@ def _embed(arguments: argparse.Namespace) -> None:
     # Of strange files Pillow says more than can be read, for each of thousands.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    with closing(_embedder(arguments)) as embedder:
-        done = embed(job, embedder)
+    make = _maker(arguments)
+    write: Write = write_partitions
+    if arguments.engine == "ray":
+        if job.form:
+            raise DataError(f"--out {job.out}: with --engine ray name a folder, which gets partitions")
+        with needs("ray"):
+            from prg.embed.cluster import OnRay
+        write = OnRay(job.out, make)
+    with closing(make()) as embedder:
+        done = embed(job, embedder, write)
     _show(arguments.out, done)
 
 
-def _embedder(arguments: argparse.Namespace) -> "Embedder":
+def _maker(arguments: argparse.Namespace) -> "Callable[[], Embedder]":
+    """What makes the embedder, here or in another process."""
     if arguments.t_end is not None and not 0 <= arguments.t_end <= 1:
         raise DataError(f"--t-end {arguments.t_end}: must be from 0 to 1")
     if arguments.url:
@@ -94,12 +113,12 @@ def _embedder(arguments: argparse.Namespace) -> "Embedder":
         for name in ("model", "t_end", "feature"):
             if getattr(arguments, name) is not None:
                 options[name] = getattr(arguments, name)
-        return Remote(arguments.url, os.environ.get("PRG_KEY"), options)
+        return partial(Remote, arguments.url, os.environ.get("PRG_KEY"), options)
     if arguments.model:
         raise DataError("--model goes with --url; --entry names the model itself")
     from prg.embed.local import Local  # needs torch
 
-    return Local(arguments.entry, arguments.t_end, arguments.feature, arguments.normalize)
+    return partial(Local, arguments.entry.resolve(), arguments.t_end, arguments.feature, arguments.normalize)
 
 
 def _show(out: str, done: "Done") -> None:

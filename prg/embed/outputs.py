@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,11 @@ import numpy as np
 
 from entry.errors import needs
 from entry.files import atomic_file, write_atomically
-from prg.console import track
+from prg.console import Bar, track
 from prg.embed.engines import Embedder
 from prg.embed.partitions import (
     SUCCESS,
+    Shard,
     Summary,
     begin,
     check_same,
@@ -31,6 +32,9 @@ from prg.errors import DataError
 
 FORMS = {".npy": NPZ, ".parquet": PARQUET}
 """Of files; anything else is a folder."""
+
+
+Write = Callable[[Iterable[Shard], Store, Form, Embedder, About, Bar], tuple[list[str], Summary]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,10 @@ def check(job: Job) -> None:
             import pyarrow  # noqa: F401
 
 
-def embed(job: Job, embedder: Embedder) -> Done:
+def embed(job: Job, embedder: Embedder, write: Write = write_partitions) -> Done:
     """Write embeddings of all images; what is there already and still right is kept. Raises DataError.
+
+    write: what computes the partitions of a folder, as `write_partitions` does.
 
     A folder gets `part-*.parquet` with the columns id, digest (SHA-256), embedding (null where there is an error) and
     error, and `_SUCCESS` when it is complete. A .parquet is the same in one file, a .npy has a .jsonl beside it with
@@ -96,7 +102,7 @@ def embed(job: Job, embedder: Embedder) -> Done:
         begin(store, about, shard)
         shards = shards_of(found, job.number, job.count, store.names())
         with track("embedding", found.count if job.count == 1 else None) as bar:
-            parts, summary = write_partitions(shards, store, PARQUET, embedder, about, bar)
+            parts, summary = write(shards, store, PARQUET, embedder, about, bar)
         complete = finish(store, parts, found, job.number, job.count)
     return Done(summary, found.skipped, complete)
 

@@ -6,7 +6,7 @@ so an image that is added, changed or removed touches one partition, on every ma
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -31,6 +31,8 @@ ABOUT = "_about.json"
 SUCCESS = "_SUCCESS"
 DONE = "_done-"
 """Of a marker that one of several shards is done; with the names of its partitions."""
+FEW = 10
+"""Errors that are shown."""
 IDENTITY = ("fingerprint", "feature", "t_end", "dim", "normalize", "dtype")
 
 
@@ -39,7 +41,7 @@ class Shard:
     """Images whose partitions are written one after the other."""
 
     name: str
-    items: Iterator[Item]
+    items: Callable[[], Iterator[Item]]
     related: tuple[str, ...] = ()
     """Beginnings of the names of partitions that may know some of its vectors, besides its own."""
 
@@ -53,6 +55,13 @@ class Summary:
     failed: int = 0
     errors: list[str] = field(default_factory=list)
     """The first few."""
+
+    def add(self, other: "Summary") -> None:
+        """What was done elsewhere too."""
+        self.images += other.images
+        self.computed += other.computed
+        self.failed += other.failed
+        self.errors = (self.errors + other.errors)[:FEW]
 
 
 def shards_of(found: Found, number: int, count: int, names: Iterable[str]) -> Iterator[Shard]:
@@ -72,10 +81,10 @@ def shards_of(found: Found, number: int, count: int, names: Iterable[str]) -> It
             others = (
                 _group(j, of) for j, of in sorted(there) if of != groups and (j - k) % min(of, groups) == 0
             )
-            yield Shard(_group(k, groups), map(file_item, sorted(places)), tuple(others))
+            yield Shard(_group(k, groups), partial(_loose, sorted(places)), tuple(others))
     for i, archive in enumerate(found.archives):
         if i % count == number:
-            yield Shard(_archive_name(archive), archive.items())
+            yield Shard(_archive_name(archive), archive.items)
 
 
 def one_shard(found: Found) -> Iterator[Shard]:
@@ -86,7 +95,7 @@ def one_shard(found: Found) -> Iterator[Shard]:
         for archive in found.archives:
             yield from archive.items()
 
-    yield Shard("part", items())
+    yield Shard("part", items)
 
 
 def write_partitions(
@@ -105,7 +114,7 @@ def write_partitions(
     summary, names = Summary(), []
     there = sorted(store.names())
     with_known = (_Work(shard, store, there, form, earlier) for shard in shards)
-    images = ((work, item) for work in with_known for item in work.shard.items)
+    images = ((work, item) for work in with_known for item in work.shard.items())
     results = _computed(ahead(partial(_begun, embedder), images, AHEAD), embedder)
     for work, rows in groupby(_counted(results, summary, bar), key=lambda row: row.work):
         number = 0
@@ -255,7 +264,7 @@ def _counted(rows: Iterable[_Row], summary: Summary, bar: Bar) -> Iterator[_Row]
         summary.computed += row.computed
         if row.error is not None:
             summary.failed += 1
-            if len(summary.errors) < 10:
+            if len(summary.errors) < FEW:
                 summary.errors.append(f"{row.id}: {row.error}")
         bar.advance(1)
         yield row
@@ -272,6 +281,10 @@ def _rows(portion: list[_Row], about: About) -> Rows:
         [row.error for row in portion],
         vectors,
     )
+
+
+def _loose(places: list[str]) -> Iterator[Item]:
+    return map(file_item, places)
 
 
 def _hash(name: str) -> int:
