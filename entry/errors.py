@@ -1,4 +1,4 @@
-"""What a person can mend: an entry or a device that can't be used, a package that is not installed."""
+"""What a person can mend: an entry, an image or a device that can't be used, a package that is missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,15 @@ class EntryError(ValueError):
 
 class DeviceError(ValueError):
     """A device that is not there; the message says which are."""
+
+
+class ImageError(ValueError):
+    """An image that can't be used: an HTTP status, a short title and what to do."""
+
+    def __init__(self, status: int, title: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.title = title
 
 
 class PackageError(RuntimeError):

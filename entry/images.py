@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from entry.config import ImageSpec
 from entry.declarations import Unreadable
+from entry.errors import ImageError as ImageError
 from entry.preprocessing import preprocess, reduce_scale
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -49,15 +50,6 @@ LARGE_PIXELS = 12_000_000
 """Of pictures larger than this one is decoded at a time, whatever the number of threads: each can take hundreds
 of megabytes for a moment."""
 _large = threading.Lock()
-
-
-class ImageError(ValueError):
-    """An image that can't be used: an HTTP status, a short title and what to do."""
-
-    def __init__(self, status: int, title: str, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.title = title
 
 
 @dataclass(frozen=True)

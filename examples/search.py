@@ -23,9 +23,8 @@ import pyarrow  # noqa: F401
 from PIL import Image, ImageOps
 from usearch.index import Index
 
-from entry.errors import EntryError, PackageError, needs
+from entry.errors import EntryError, ImageError, PackageError, needs
 from entry.files import atomic_file
-from entry.images import ImageError
 from prg.client import EmbedOptions, ServiceError
 from prg.embed.engines import Embedder
 from prg.embed.outputs import read_file

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entry.errors import needs
 from prg.commands.options import Commands
 from prg.errors import DataError
 
@@ -93,8 +92,8 @@ def _embed(arguments: argparse.Namespace) -> None:
     if arguments.engine == "ray":
         if job.form:
             raise DataError(f"--out {job.out}: with --engine ray name a folder, which gets partitions")
-        with needs("ray"):
-            from prg.embed.cluster import OnRay
+        from prg.embed.cluster import OnRay
+
         write = OnRay(job.out, make)
     with closing(make()) as embedder:
         done = embed(job, embedder, write)

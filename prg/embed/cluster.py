@@ -4,9 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ray
-from ray.util import ActorPool
-
+from entry.errors import needs
 from prg.console import Bar
 from prg.embed.engines import Embedder
 from prg.embed.partitions import Shard, Summary, write_partitions
@@ -31,10 +29,13 @@ class OnRay:
     def __call__(
         self, shards: Iterable[Shard], store: Store, form: Form, embedder: Embedder, about: About, bar: Bar
     ) -> tuple[list[str], Summary]:
-        """As `write_partitions`."""
+        """As `write_partitions`. Raises PackageError without Ray."""
+        with needs("ray"):
+            import ray
+            from ray.util import ActorPool
         ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         try:
-            there = ray.cluster_resources()
+            there = ray.cluster_resources()  # type: ignore[no-untyped-call]
             gpus, cores = int(there.get("GPU", 0)), int(there["CPU"])
             options: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": 1}
             actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **options)(_Worker)

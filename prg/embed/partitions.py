@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from entry.images import ImageError
+from entry.errors import ImageError
 from prg.bounded import ahead
 from prg.console import Bar, note
 from prg.embed.engines import Embedder
