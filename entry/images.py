@@ -1,4 +1,4 @@
-"""Bytes of an image to uint8 [3, S, S]: every limit before decoding, then decoding."""
+"""Bytes of an image to uint8 [3, S, S]: the accepted formats, every limit before decoding, then decoding."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from entry.preprocessing import preprocess, reduce_scale
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are parsed at all. Few and well-trodden, because parsers of exotic formats are where the
-holes are."""
+holes are. Which files of a folder are images at all, prg.images.walk says."""
 DECLINED = (
     (rb"%PDF", "PDF"),
     (rb"8BPS", "Photoshop"),

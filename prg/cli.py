@@ -14,7 +14,7 @@ a whole run, on your own images (one sub-folder a class):
   prg finetune runs/mine
   prg evaluate runs/mine
   prg export   runs/mine model_repository/mine
-  prg-serve
+  PRG_DEFAULT_MODEL=mine prg-serve
 """
 
 

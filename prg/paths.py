@@ -88,6 +88,7 @@ def vp_sigma(t: Tensor) -> Tensor:
 
 
 LINE = Path(lambda t: t, lambda t: 1 - t, lambda t: torch.ones_like(t), lambda t: -torch.ones_like(t))
+# A new row needs its name in prg.encoder.EncoderConfig.path too.
 PATHS: dict[str, Path] = {
     # independent coupling, sigma = 0 (Lipman et al. 2022; Tong et al. 2023)
     "icfm": LINE,

@@ -130,7 +130,10 @@ def image_error(kind: ProblemType, detail: str) -> ImageError:
 
 
 def unavailable(detail: str, retry_after_s: int) -> Problem:
-    """503 for load or a failing engine, with when to come back."""
+    """503 for load or a failing engine, with when to come back.
+
+    Its Retry-After is computed in `admission` and a constant elsewhere; that of a 429 is set in `auth`.
+    """
     return Problem(SERVICE_UNAVAILABLE, detail, headers={"Retry-After": str(retry_after_s)})
 
 

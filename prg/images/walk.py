@@ -9,7 +9,7 @@ from entry.files import is_hidden
 from prg.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Of files that are taken for images."""
+"""Of files that are taken for images; entry.images has the formats that are decoded."""
 
 
 def image_files(path: Path) -> Iterator[Path]:
