@@ -59,6 +59,7 @@ def desk(service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(tmp_path, service, image, tuple(overrides()), serve)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: apt-get install curl")
 @pytest.mark.parametrize("page", sorted({b.page for b in BLOCKS if b.reason is None}))
 def test_the_examples_run(desk: Desk, page: str) -> None:

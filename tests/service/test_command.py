@@ -44,6 +44,7 @@ def status(url: str) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_the_command_serves_reloads_and_stops(tmp_path: Path) -> None:
     write_tiny_entry(tmp_path / "m")
     [port] = free_ports(1)

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from fastapi.testclient import TestClient
 
 from tests.service.conftest import IMAGE, Start, engine_of, eventually, rescan
@@ -29,6 +30,7 @@ def test_models(client: TestClient) -> None:
     assert item["failed_versions"] == {}
 
 
+@pytest.mark.slow
 def test_a_broken_entry_and_a_missing_version_are_named_and_the_others_serve(
     start: Start, tmp_path: Path
 ) -> None:
@@ -54,6 +56,7 @@ def test_a_broken_entry_and_a_missing_version_are_named_and_the_others_serve(
     assert client.post("/embed", files=IMAGE, params={"model_version": "2"}).status_code == 503
 
 
+@pytest.mark.slow
 def test_a_reload_never_moves_unnamed_requests_to_another_model(start: Start, tmp_path: Path) -> None:
     damaged = write_tiny_entry(tmp_path / "m", "a") / "1" / "model.pt"
     good = damaged.read_bytes()
@@ -64,12 +67,14 @@ def test_a_reload_never_moves_unnamed_requests_to_another_model(start: Start, tm
     damaged.write_bytes(good)
     rescan(client)
     assert client.get("/models/a").json()["state"] == "ready"
+    assert client.post("/embed", files=IMAGE, params={"model": "a"}).status_code == 200
     assert client.post("/embed", files=IMAGE).json()["model"] == "b"
     shutil.rmtree(tmp_path / "m" / "b")
     rescan(client)
     assert client.post("/embed", files=IMAGE).status_code == 503
 
 
+@pytest.mark.slow
 def test_models_and_versions_are_chosen(start: Start, tmp_path: Path) -> None:
     for name, more in (("a", {}), ("b", {"size": 16}), ("plain", {"head": False}), ("late", {}), ("off", {})):
         write_tiny_entry(tmp_path / "m", name, versions=("1", "2", "3") if name == "b" else ("1",), **more)
