@@ -2,12 +2,12 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -66,35 +66,23 @@ def meeting(rank: int | None, port: int) -> dict[str, str]:
 def in_two(folder: Path, command: list[str], happening: str = "pass") -> list[tuple[int, str]]:
     """Exit status and words of each of two processes; none outlives this."""
     folder.mkdir(exist_ok=True)
+    port, running, logs = free_port(), [], [folder / f"{rank}.log" for rank in range(2)]
     program = [sys.executable, "-c", PROGRAM.format(happening), *command]
-    port, until, logs = free_port(), time.monotonic() + PATIENCE_S, [folder / f"{r}.log" for r in range(2)]
-    with contextlib.ExitStack() as stack:
-        running = []
+    until = time.monotonic() + PATIENCE_S
+    try:
         for rank, log in enumerate(logs):
-            out, own = stack.enter_context(log.open("w")), meeting(rank, port)
-            running.append(subprocess.Popen(program, stdout=out, stderr=out, cwd=ROOT, env=own))
-            stack.callback(running[-1].wait)
-            stack.callback(running[-1].kill)
+            with log.open("w") as out:
+                running.append(
+                    subprocess.Popen(
+                        program, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=meeting(rank, port)
+                    )
+                )
         statuses = [process.wait(until - time.monotonic()) for process in running]
-    return [(status, log.read_text()) for status, log in zip(statuses, logs, strict=True)]
-
-
-@contextlib.contextmanager
-def launched(log: Path, *program: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Two processes by the launcher, in a group of their own; none outlives this."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    with log.open("w") as out:
-        command, own = [sys.executable, *launcher, *program], meeting(None, 0)
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=own, start_new_session=True)
-        try:
-            yield process
-        finally:
-            process.terminate()  # which it hands on to those that it started
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        for process in running:
+            process.kill()
             process.wait()
+    return [(status, log.read_text()) for status, log in zip(statuses, logs, strict=True)]
 
 
 def until_failure(log: Path) -> None:
@@ -137,14 +125,34 @@ def test_stopped_and_continued_they_are_the_run_of_one(tmp_path: Path, photos: P
     assert final(two, "finetune").facts.cross_validated is not None
 
 
+def test_what_stops_the_first_is_told_by_both(tmp_path: Path, photos: Path) -> None:
+    other = shutil.copytree(photos, tmp_path / "photos")
+    (other / "train" / "red" / "0.png").write_bytes(b"no picture")
+    settings = ["--recipe", "images-32", "--data", str(other), *overrides()]
+    for status, said in in_two(tmp_path, ["pretrain", str(tmp_path / "run"), *settings]):
+        assert status == 1, said
+        assert "0.png: " in said
+
+
 def test_a_whole_experiment_by_the_launcher(tmp_path: Path, photos: Path) -> None:
     settings = ["--data", str(photos), *overrides("finetune.beta=0.1", "finetune.epochs=2")]
     alone, two = tmp_path / "alone", tmp_path / "two"
     assert main(["pretrain", str(alone), "--recipe", "images-32", *settings]) == 0
     assert main(["finetune", str(alone)]) == 0
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     log = tmp_path / "log"
-    with launched(log, "-m", "prg.cli", "reproduce", "images-32", str(two), *settings) as process:
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "prg.cli", "reproduce", "images-32", str(two), *settings],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=meeting(None, 0),
+        )
+    try:
         status = process.wait(PATIENCE_S)
+    finally:
+        process.send_signal(signal.SIGTERM)  # which it hands on, and waits; processes that it left would stay
+        process.wait()
     said = log.read_text()
     assert status == 0, said
     for name in ("pretrain", "finetune", "export", "evaluate"):
@@ -162,10 +170,30 @@ def test_where_one_fails_all_end(tmp_path: Path, photos: Path, how: str) -> None
     )
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(happening))
-    command = ["pretrain", str(tmp_path / "run"), "--recipe", "images-32", "--data", str(photos)]
-    with launched(tmp_path / "log", str(program), *command, *overrides()) as process:
+    command = [
+        "pretrain",
+        str(tmp_path / "run"),
+        "--recipe",
+        "images-32",
+        "--data",
+        str(photos),
+        *overrides(),
+    ]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    with (tmp_path / "log").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, str(program), *command],
+            stderr=subprocess.STDOUT,
+            stdout=out,
+            env=meeting(None, 0),
+            start_new_session=True,
+        )
+    try:
         until_failure(tmp_path / "log")
         assert process.wait(60) != 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert "trained: " not in (tmp_path / "log").read_text()
     assert not subprocess.run(["pgrep", "-f", str(program)], capture_output=True).stdout
 
@@ -179,10 +207,10 @@ def test_what_is_refused_is_refused_in_both(tmp_path: Path, what: str) -> None:
     else:
         words, more = "pretrain.batch = 7", ["pretrain.batch=7"]
     command = ["pretrain", str(tmp_path / "run"), "--recipe", "images-32", "--data", str(photos)]
-    for status, said in in_two(tmp_path, [*command, *overrides(*more)]):
-        assert status == 1, said
-        assert words in said
-        assert "Traceback" not in said
+    (status, said), (other, heard) = in_two(tmp_path, [*command, *overrides(*more)])
+    assert (status, other) == (1, 1), said + heard
+    assert words in said
+    assert "Traceback" not in said + heard
     assert not (tmp_path / "run" / "recipe.json").exists()
 
 
