@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from prg.encoder import STATE_DIM, Encoder
 
 HeadKind = Literal["mlp", "linear"]
-"""Forms of a head; `finetune.head` of a recipe. prg.reopen, prg.training.frozen and prg.importers.official know their layers
-too."""
+"""Forms of a head; `finetune.head` of a recipe. prg.reopen, prg.training.frozen and prg.importers.official know their
+layers too."""
 
 
 @dataclass(frozen=True)

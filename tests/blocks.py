@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from service.settings import OTHER_VARIABLES, Settings
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("sh", "console", "python", "json", "toml", "mermaid", "text")
 """sh: commands. console: commands after `$ `, and what they answer. The others are what they say."""
-MARK = re.compile(r"<!-- not run: (.+) -->")
+FENCED = re.compile(
+    r"(<!-- not run: (?P<reason>.+) -->\s*\n)?^```(?P<language>.*)\n(?P<text>[\s\S]*?)\n```$", re.MULTILINE
+)
 SERVICE = re.compile(r"\b(localhost|127\.0\.0\.1):8000\b")
 BASE64 = "iVBORw0KGgo…"
 """How the documents shorten an image in base64."""
@@ -38,7 +40,7 @@ class Block:
     line: int
     language: str
     text: str
-    reason: str | None = None
+    reason: str | None
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -46,31 +48,19 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     """All fenced blocks of a page, in order. A comment `<!-- not run: reason -->` marks the block below it."""
-    found, fence, reason = [], None, None
-    lines: list[str] = []
-    for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
-        if fence is None and line.startswith("```"):
-            fence, lines = (number, line[3:].strip()), []
-        elif fence is not None and line.startswith("```"):
-            name = str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
-            found.append(Block(name, fence[0], fence[1], "\n".join(lines), reason))
-            fence, reason = None, None
-        elif fence is not None:
-            lines.append(line)
-        elif line.strip():
-            mark = MARK.fullmatch(line.strip())
-            reason = mark[1] if mark else None
-    return found
+    text, name = page.read_text("utf-8"), os.path.relpath(page, ROOT)
+    found = [(text.count("\n", 0, m.start("language")) + 1, m) for m in FENCED.finditer(text)]
+    return [Block(name, line, m["language"], m["text"], m["reason"]) for line, m in found]
 
 
 def dialogue(block: Block) -> Iterator[tuple[str, str]]:
     """(command, what it answers) of a block; a command may go on over lines that end in a backslash."""
+    text = block.text.replace("\\\n", " ")
     if block.language == "sh":
-        for line in block.text.replace("\\\n", " ").splitlines():
+        for line in text.splitlines():
             if line.strip() and not line.startswith("#"):
                 yield line.strip(), ""
         return
-    text = block.text.replace("\\\n", " ")
     assert text.startswith("$ "), f"{block}: a console block begins with `$ `"
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, answer = part.partition("\n")
@@ -83,16 +73,12 @@ def simple_commands(command: str) -> Iterator[tuple[dict[str, str], list[str]]]:
     lexer.whitespace_split, lexer.commenters = True, "#"
     words: list[str] = []
     for word in [*lexer, ";"]:
-        if set(word) <= set(";&|()"):
-            if words:
-                named = [w for w in words if re.match(r"[A-Z_]+=", w)]
-                rest = words[len(named) :]
-                yield dict(w.split("=", 1) for w in named), rest
+        if not set(word) <= set(";&|()"):
+            words.append(word)
+        elif words:
+            named = [w for w in words if re.match(r"[A-Z_]+=", w)]
+            yield dict(w.split("=", 1) for w in named), words[len(named) :]
             words = []
-        elif set(word) <= set("<>&"):
-            words.append(word)
-        else:
-            words.append(word)
 
 
 def check(block: Block) -> None:
@@ -116,43 +102,39 @@ def check(block: Block) -> None:
 def check_words(where: str, environment: dict[str, str], words: list[str]) -> None:
     """Options, verbs, settings, services and packages that a command names exist."""
     settings = {f"PRG_{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
-    for name in environment:
-        assert not name.startswith("PRG_") or name in settings, f"{where}: no setting {name}"
-    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    if "COMPOSE_PROFILES" in environment:
-        known = {profile for s in compose["services"].values() for profile in s.get("profiles", ())}
-        assert set(environment["COMPOSE_PROFILES"].split(",")) <= known, f"{where}: profiles are {known}"
-    if not words:
-        return
-    program, arguments = words[0], words[1:]
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    profiles = {profile for service in compose.values() for profile in service.get("profiles", ())}
+    makefile = (ROOT / "Makefile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    listed = [entry for entries in (project["dependencies"], *extras.values()) for entry in entries]
+
+    def exist(named: Iterable[str], known: Iterable[str]) -> None:
+        assert set(named) <= set(known), f"{where}: {set(named) - set(known)} is none of {set(known)}"
+
+    exist((name for name in environment if name.startswith("PRG_")), settings)
+    exist(filter(None, environment.get("COMPOSE_PROFILES", "").split(",")), profiles)
+    program, *arguments = words or [""]
     if program == "prg":
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            try:
-                parser().parse_args(arguments)
-            except SystemExit as stop:
-                if stop.code:
-                    raise AssertionError(f"{where}: {said.getvalue()}") from None
+        try:
+            parser().parse_args(arguments)
+        except SystemExit as stop:
+            if stop.code:
+                raise AssertionError(where) from None
     elif program == "prg-serve":
-        assert {w for w in arguments if w.startswith("-")} <= {"--new-key", "--help"}, where
+        exist((w for w in arguments if w.startswith("-")), ("--new-key", "--help"))
     elif program == "make":
-        verbs = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        variables = re.findall(r"^(\w+) \??=", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert {w for w in arguments if "=" not in w} <= set(verbs), f"{where}: verbs are {verbs}"
-        assert {w.split("=")[0] for w in arguments if "=" in w} <= set(variables), f"{where}: {variables}"
+        exist((w for w in arguments if "=" not in w), re.findall(r"^([a-z]+):.*##", makefile, re.MULTILINE))
+        variables = re.findall(r"^(\w+) \??=", makefile, re.MULTILINE)
+        exist((w.split("=")[0] for w in arguments if "=" in w), variables)
     elif program == "docker":
         at = next((i for i, w in enumerate(arguments) if w in ("logs", "restart", "kill", "run")), None)
-        named = [w for w in arguments[(at or 0) + 1 :] if re.fullmatch("[a-z][a-z-]+", w)] if at else []
-        assert not named or named[0] in compose["services"], f"{where}: {named[0]} is no service"
+        named = [w for w in arguments[at + 1 :] if re.fullmatch("[a-z][a-z-]+", w)] if at is not None else []
+        exist(named[:1], compose)
     elif program in ("pip", "python") and "install" in arguments:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        lists = [project["dependencies"], *project["optional-dependencies"].values()]
-        known = {re.split(r"[\[><=!~]", entry)[0] for entries in lists for entry in entries}
-        for extra in (
-            e for group in re.findall(r"\[([\w,]+)\]", " ".join(arguments)) for e in group.split(",")
-        ):
-            assert extra in project["optional-dependencies"], f"{where}: pyproject.toml has no extra {extra}"
+        exist(re.findall(r"\w+", " ".join(re.findall(r"\[([\w,]+)\]", " ".join(arguments)))), extras)
         asked = {w.strip("'\"") for w in arguments[arguments.index("install") + 1 :] if w[0] not in "-."}
-        assert asked <= known, f"{where}: pyproject.toml does not name {asked - known}"
+        exist(asked, (re.split(r"[\[><=!~]", entry)[0] for entry in listed))
 
 
 @dataclass
@@ -230,7 +212,8 @@ def compare(expected: str, found: str, where: str) -> None:
     if not expected:
         return
     if expected.lstrip()[0] in "{[":
-        same_shape(parse_answer(expected), json.loads(found.strip().splitlines()[-1]), where)
+        answer = json.loads(found.strip().splitlines()[-1])
+        assert same_shape(parse_answer(expected), answer), f"{where} answers\n{answer}\nnot\n{expected}"
         return
     pattern = "".join(".*" if part == "…" else re.escape(part) for part in re.split("(…)", plain(expected)))
     assert re.fullmatch(pattern, plain(found), re.DOTALL), f"{where} answers\n{found}\nnot\n{expected}"
@@ -249,30 +232,21 @@ def parse_answer(text: str) -> Any:
     return json.loads(re.sub(r":\s*…", ': "…"', text))
 
 
-def same_shape(expected: Any, found: Any, where: str) -> None:
+def same_shape(expected: Any, found: Any) -> bool:
     """The same keys, types and lengths; errors also of the same type, title and status."""
     if expected == "…":
-        return
-    if isinstance(expected, dict):
-        assert isinstance(found, dict), f"{where}: {found!r} is not an object"
+        return True
+    if isinstance(expected, dict) and isinstance(found, dict):
         known = expected.keys() - {"…"}
-        assert known == found.keys() if "…" not in expected else known <= found.keys(), (
-            f"{where}: has {sorted(found)}, not {sorted(expected)}"
+        fixed = known & {"type", "title", "status", "feature", "object"}
+        return (
+            (known <= found.keys() if "…" in expected else known == found.keys())
+            and all(same_shape(expected[key], found[key]) for key in known)
+            and all(expected[key] == found[key] for key in fixed)
         )
-        for key in known:
-            same_shape(expected[key], found[key], f"{where}: {key}")
-            if key in ("type", "title", "status", "feature", "object"):
-                assert expected[key] == found[key], f"{where}: {key} is {found[key]!r}, not {expected[key]!r}"
-    elif isinstance(expected, list):
-        assert isinstance(found, list), f"{where}: {found!r} is not a list"
-        more = bool(expected) and expected[-1] == "…"
+    if isinstance(expected, list) and isinstance(found, list):
+        more = expected[-1:] == ["…"]
         wanted = expected[:-1] if more else expected
-        assert len(found) >= len(wanted) if more else len(found) == len(wanted), (
-            f"{where}: {len(found)} items, not {len(wanted)}"
-        )
-        for i, item in enumerate(wanted):
-            same_shape(item, found[i], f"{where}[{i}]")
-    elif isinstance(expected, bool) or expected is None or isinstance(expected, str):
-        assert type(found) is type(expected), f"{where}: {found!r}, not {expected!r}"
-    else:
-        assert type(found) in (int, float), f"{where}: {found!r}, not a number"
+        enough = len(found) >= len(wanted) if more else len(found) == len(wanted)
+        return enough and all(map(same_shape, wanted, found))
+    return type(expected) is type(found) or {type(expected), type(found)} == {int, float}

@@ -2,9 +2,6 @@
 
 import re
 import runpy
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ from service.settings import OTHER_VARIABLES, Settings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BIN = str(Path(sys.executable).parent)
 
 
 def test_the_map_is_of_these_modules() -> None:
@@ -40,17 +36,3 @@ def test_every_setting_is_documented() -> None:
 def test_links_of_the_front_door_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
-
-
-@pytest.mark.skipif(shutil.which("zensical", path=BIN) is None, reason="zensical is not installed")
-def test_the_site_has_no_broken_link(tmp_path: Path) -> None:
-    """The same build as `make docs`; that it minds is seen with a broken link."""
-    for name in ("zensical.toml", "docs"):
-        copy = shutil.copy if (ROOT / name).is_file() else shutil.copytree
-        copy(ROOT / name, tmp_path / name)
-    build = [f"{BIN}/zensical", "build", "--clean", "--strict"]
-    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    page = tmp_path / "docs" / "index.md"
-    page.write_text(page.read_text("utf-8") + "\n[nowhere](nowhere.md)\n", "utf-8")
-    assert subprocess.run(build, cwd=tmp_path, capture_output=True).returncode != 0

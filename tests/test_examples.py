@@ -1,7 +1,7 @@
 """Every example of the documents runs, or is at least made of words that exist."""
 
 import base64
-import os
+import contextlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings, load_settings
-from tests.blocks import MARK, ROOT, Block, Desk, blocks, check, compare
+from tests.blocks import ROOT, Block, Desk, blocks, check, compare
 from tests.prg.workshop import image_folder, overrides
 from tests.serving import served
 
@@ -59,6 +59,7 @@ def desk(service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(tmp_path, service, image, tuple(overrides()), serve)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: apt-get install curl")
 @pytest.mark.parametrize("page", sorted({b.page for b in BLOCKS if b.reason is None}))
 def test_the_examples_run(desk: Desk, page: str) -> None:
@@ -114,33 +115,22 @@ def test_a_word_that_does_not_exist_is_found(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "answered"),
+    ("written", "answered", "same"),
     [
-        ('{"a": 1}', '{"a": 1, "b": 2}'),
-        ('{"a": 1, "b": 2}', '{"a": 1}'),
-        ('{"a": [1, 2]}', '{"a": [1, 2, 3]}'),
-        ('{"a": [1, 2,…]}', '{"a": [1]}'),
-        ('{"a": "x"}', '{"a": 1}'),
-        ('{"error": {"status": 422}}', '{"error": {"status": 413}}'),
-        ("embedded: a.npy", "embedded: b.npy"),
-        ("embedded: a.npy", "embedded: a.npy; 2 files could not be used"),
+        *(('{"a": 1}', '{"a": 1, "b": 2}', False), ('{"a": 1, "b": 2}', '{"a": 1}', False)),
+        *(('{"a": [1, 2]}', '{"a": [1, 2, 3]}', False), ('{"a": [1, 2,…]}', '{"a": [1]}', False)),
+        *(('{"a": "x"}', '{"a": 1}', False), ('{"status": 422}', '{"status": 413}', False)),
+        *(
+            ("embedded: a.npy", "embedded: b.npy", False),
+            ("embedded: a.npy", "embedded: a.npy; 2 not", False),
+        ),
+        *(('{"a": 1.5, …}', '{"a": 2, "b": 2}', True), ("12 of 30 files in …", "3 of 4 files in /a/b", True)),
+        ('{"a": [1,…], "b": "…"}', '{"a": [1, 2, 3], "b": {"c": 1}}', True),
     ],
 )
-def test_another_answer_is_found(written: str, answered: str) -> None:
-    with pytest.raises(AssertionError):
+def test_another_answer_is_found(written: str, answered: str, same: bool) -> None:
+    with contextlib.nullcontext() if same else pytest.raises(AssertionError):
         compare(written, answered, "here")
-
-
-@pytest.mark.parametrize(
-    ("written", "answered"),
-    [
-        ('{"a": 1.5, …}', '{"a": 2, "b": 2}'),
-        ('{"a": [1,…], "b": "…"}', '{"a": [1, 2, 3], "b": {"c": 1}}'),
-        ("12 of 30 files in …", "3 of 4 files in /a/b"),
-    ],
-)
-def test_an_answer_of_the_same_shape_passes(written: str, answered: str) -> None:
-    compare(written, answered, "here")
 
 
 @pytest.mark.parametrize(
@@ -159,16 +149,7 @@ def test_an_example_that_fails_is_found(desk: Desk, tmp_path: Path, command: str
 
 
 def test_marks_say_why() -> None:
-    assert MARK.fullmatch("<!-- not run: needs a GPU -->")
     assert {b.reason for b in BLOCKS if b.reason} <= {
-        "needs Docker",
-        "needs a GPU",
-        "needs several GPUs",
-        "takes hours",
-        "needs nginx",
-        "installs packages",
-        "a sketch",
-        "needs files that others trained",
-        "run by a test of its own",
+        *("needs Docker", "needs a GPU", "needs several GPUs", "needs nginx", "takes hours"),
+        *("installs packages", "a sketch", "needs files that others trained", "run by a test of its own"),
     }
-    assert os.environ["OMP_NUM_THREADS"] == "1"

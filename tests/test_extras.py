@@ -60,13 +60,8 @@ def run(extra: str, program: str, *arguments: str) -> subprocess.CompletedProces
     ]
     assert "pytest" in hidden
     code = f"HIDDEN = {hidden!r}\n{HIDE}\n{program}"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONWARNINGS": ""},
-    )
+    command, environment = [sys.executable, "-c", code, *arguments], os.environ | {"PYTHONWARNINGS": ""}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 HIDE = """
@@ -92,13 +87,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("extras")
     (folder / "photos").mkdir()
     (folder / "photos" / "a.png").write_bytes(png())
-    entry = write_tiny_entry(folder / "models")
-    names = {
-        "PHOTOS": folder / "photos",
-        "ENTRY": entry,
-        "NPY": folder / "a.npy",
-        "PARQUET": folder / "a.parquet",
-    }
+    names = {"PHOTOS": folder / "photos", "ENTRY": write_tiny_entry(folder / "models")}
+    names |= {"NPY": folder / "a.npy", "PARQUET": folder / "a.parquet"}
     with served(Settings(model_repository=folder / "models")) as address:
         yield {word: str(path) for word, path in names.items()} | {"URL": f"http://{address}"}
 
@@ -138,4 +128,4 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     done = run(extra, program, *(words.get(word, word) for word in arguments))
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1
-    assert f"is missing; pip install 'prg-service[{named}]'" in done.stderr
+    assert f"pip install 'prg-service[{named}]'" in done.stderr

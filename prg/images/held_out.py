@@ -1,8 +1,8 @@
 """Which images are held out from training: a property of each image, whatever its name, order or folder.
 
-The share is `data.validation` of the recipe. An image's key is a digest of its encoded bytes. It is held out where the key, as a fraction of all keys, is below the
-share. So shares nest, and images that are added, renamed or moved change nothing for the others. (A re-encoded
-copy is another image.)
+The share is `data.validation` of the recipe. An image's key is a digest of its encoded bytes. It is held out where
+the key, as a fraction of all keys, is below the share. So shares nest, and images that are added, renamed or moved
+change nothing for the others. (A re-encoded copy is another image.)
 """
 
 import hashlib

@@ -1,13 +1,9 @@
 """The page in a real browser, against the real service with the shipped model."""
 
 import io
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,13 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from entry.config import read_entry
 from entry.images import Limits, load_image
 from service.auth import new_key
+from service.settings import Settings
+from tests.serving import served
 from tests.tiny import write_tiny_entry
 
 ROOT = Path(__file__).parents[2]
@@ -32,67 +30,34 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 DESK, PHONE, SMALL = (1120, 900), (360, 740), (320, 640)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
+    pytest.mark.slow,
+]
 Open = Callable[..., Page]
 PATIENCE_S = 120
 """How long a busy machine may take to start the service, or to show something."""
 expect.set_options(timeout=PATIENCE_S * 1e3)
 
 
-def serve(log: Path, **settings: object) -> tuple[subprocess.Popen[bytes], str]:
-    """A running prg-serve and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = {"PORT": port, "MODEL_REPOSITORY": SHIPPED.parent} | settings
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PRG_")}
-    environment = clean | {f"PRG_{name}": str(value) for name, value in given.items()}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service.app"], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-    address = f"http://127.0.0.1:{port}"
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            httpx.get(f"{address}/health/ready").raise_for_status()
-            return process, address
-        except httpx.HTTPError:
-            if process.poll() is not None or time.monotonic() > until:
-                process.kill()
-                process.wait()
-                pytest.fail(f"prg-serve did not start:\n{log.read_text()}")
-            time.sleep(0.1)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    process.wait(60)
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The service: the shipped model, and a small one without classes."""
-    folder = tmp_path_factory.mktemp("playground")
-    (folder / "models").mkdir()
-    (folder / "models" / SHIPPED.name).symlink_to(SHIPPED)
-    write_tiny_entry(folder / "models", "features-only", head=False)
-    process, found = serve(folder / "log", MODEL_REPOSITORY=folder / "models", DEFAULT_MODEL=SHIPPED.name)
-    yield found
-    stop(process)
+    """Of the service: the shipped model, and a small one without classes."""
+    models = tmp_path_factory.mktemp("models")
+    (models / SHIPPED.name).symlink_to(SHIPPED)
+    write_tiny_entry(models, "features-only", head=False)
+    with served(Settings(model_repository=models, default_model=SHIPPED.name), PATIENCE_S) as found:
+        yield f"http://{found}"
 
 
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     """Started anew for each test: Playwright's event loop must not outlive it, other tests have their own."""
     with sync_playwright() as playwright:
-        running = launch(playwright)
+        launch = playwright.chromium.launch
+        running = launch(executable_path=CHROMIUM, args=list(FLAGS), timeout=PATIENCE_S * 1e3)
         yield running
         running.close()
-
-
-def launch(playwright: Playwright) -> Browser:
-    return playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS), timeout=PATIENCE_S * 1e3)
 
 
 @pytest.fixture
@@ -138,9 +103,8 @@ def choose(page: Page, picture: Path, slot: str = "#picture") -> None:
 
 def pixels(page: Page) -> np.ndarray:
     """[16, 16, 3] of the large picture of the trajectory."""
-    values = page.evaluate(
-        "[...document.getElementById('state').getContext('2d').getImageData(0, 0, 16, 16).data]"
-    )
+    canvas = "document.getElementById('state').getContext('2d')"
+    values = page.evaluate(f"[...{canvas}.getImageData(0, 0, 16, 16).data]")
     return np.array(values).reshape(16, 16, 4)[..., :3]
 
 
@@ -160,7 +124,7 @@ def test_a_picture_is_classified(visit: Open, address: str) -> None:
     expect(first.locator(".label")).to_have_text(best["label"])
     expect(first.locator(".percent")).to_have_text(f"{best['probability'] * 100:.1f} %")
     expect(page.locator("#classes .bars li")).to_have_count(5)
-    expect(page.locator("#caveat")).to_contain_text("For most photos it has none")
+    expect(page.locator("#caveat")).not_to_be_empty()
     page.select_option("#count", "10")
     expect(page.locator("#classes .bars li")).to_have_count(10)
     ready(page)
@@ -183,35 +147,27 @@ def test_the_curl_line_does_what_was_done(visit: Open, address: str, tmp_path: P
     assert f'"predictions":[{{"label":"{label}"' in ran.stdout
 
 
-def test_the_slider_moves_by_keyboard(visit: Open, address: str) -> None:
+def test_the_slider_moves_by_keyboard_and_at_one_the_state_is_the_picture(visit: Open, address: str) -> None:
+    """So the page has undone the network's mean and deviation, which the service does not tell."""
     page = visit(address)
     choose(page, SCENES / "ship.jpg")
-    slider = page.locator("#t-end")
+    slider, shown = page.locator("#t-end"), page.locator("#t-end-shown")
     expect(slider).to_be_visible()
     ready(page)
-    expect(page.locator("#t-end-shown")).to_have_text("t_end = 0.80")
+    expect(shown).to_have_text("t_end = 0.80")
     before = pixels(page)
     slider.focus()
     page.keyboard.press("ArrowRight")
-    expect(page.locator("#t-end-shown")).to_have_text("t_end = 0.75")
+    expect(shown).to_have_text("t_end = 0.75")
     expect(slider).to_have_attribute("aria-valuetext", "t_end 0.75")
     assert (pixels(page) != before).any()
     page.keyboard.press("End")
-    expect(page.locator("#t-end-shown")).to_have_text("t_end = 0.00")
+    expect(shown).to_have_text("t_end = 0.00")
     expect(page.locator(".strip [aria-pressed=true]")).to_have_text("0")
-
-
-def test_at_one_the_state_is_the_picture(visit: Open, address: str) -> None:
-    """So the page has undone the network's mean and deviation, which the service does not tell."""
-    page = visit(address)
-    choose(page, SCENES / "airplane.jpg")
-    expect(page.locator("#t-end")).to_be_visible()
-    ready(page)
-    page.locator("#t-end").focus()
     page.keyboard.press("Home")
-    expect(page.locator("#t-end-shown")).to_have_text("t_end = 1.00")
+    expect(shown).to_have_text("t_end = 1.00")
     spec = read_entry(SHIPPED).prg.image
-    image = load_image((SCENES / "airplane.jpg").read_bytes(), spec, Limits(1 << 20, 1 << 20))
+    image = load_image((SCENES / "ship.jpg").read_bytes(), spec, Limits(1 << 20, 1 << 20))
     pooled = image.reshape(3, 16, 2, 16, 2).mean((2, 4)).transpose(1, 2, 0)
     assert np.abs(pixels(page) - pooled).max() <= 1
 
@@ -234,7 +190,7 @@ def test_a_model_without_classes_says_so(visit: Open, address: str) -> None:
     choose(page, SCENES / "ship.jpg")
     expect(page.locator("#classes .bars li")).to_have_count(5)
     page.select_option("#model", "features-only")
-    expect(page.locator("#classes .empty")).to_contain_text("it has no classes")
+    expect(page.locator("#classes .empty")).not_to_be_empty()
     expect(page.locator("#classes .bars li")).to_have_count(0)
     expect(page.locator("#caveat")).to_be_hidden()
     expect(page.locator(".strip li")).to_have_count(8)
@@ -246,10 +202,12 @@ def test_errors_are_shown_in_words(visit: Open, address: str, tmp_path: Path) ->
     broken.write_text("hello")
     page = visit(address, allow="422")
     choose(page, broken)
-    expect(page.locator("#picture .name")).to_contain_text("no preview")
-    expect(page.get_by_text("The bytes are no image")).to_be_visible()
-    expect(page.locator("[aria-busy]")).to_have_count(0)
-    expect(page.get_by_text("The bytes are no image")).to_have_count(1)
+    expect(page.locator("#picture .name")).to_contain_text("notes.png")
+    answer = httpx.post(f"{address}/classify", files={"files": broken.read_bytes()}).json()
+    said = page.get_by_text(answer["data"][0]["error"]["detail"])
+    expect(said).to_be_visible()
+    ready(page)
+    expect(said).to_have_count(1)
     expect(page.locator("#picture .another")).to_be_visible()
     page.get_by_label("Try the drawing of a ship").click()
     expect(page.locator("#classes .bars li")).to_have_count(5)
@@ -331,9 +289,9 @@ def test_nothing_is_cut_off(
 def test_a_key_is_asked_for(visit: Open, tmp_path: Path) -> None:
     key, row = new_key("guest")
     (tmp_path / "keys.toml").write_text(row)
-    process, address = serve(tmp_path / "log", API_KEYS_FILE=tmp_path / "keys.toml")
-    try:
-        page = visit(address, allow="401")
+    settings = Settings(model_repository=SHIPPED.parent, api_keys_file=tmp_path / "keys.toml")
+    with served(settings, PATIENCE_S) as address:
+        page = visit(f"http://{address}", allow="401")
         dialog = page.locator("#key-dialog")
         expect(dialog).to_be_visible()
         page.fill("#key", "wrong")
@@ -348,8 +306,6 @@ def test_a_key_is_asked_for(visit: Open, tmp_path: Path) -> None:
         assert page.evaluate("sessionStorage.getItem('prg-key')") == key
         assert page.evaluate("localStorage.length") == 0
         ready(page)
-    finally:
-        stop(process)
 
 
 def test_the_openapi_page(visit: Open, address: str) -> None:

@@ -1,7 +1,6 @@
 """Bytes to pixels: golden vectors, and every limit before decoding."""
 
 import io
-import json
 import os
 import struct
 import threading
@@ -148,9 +147,7 @@ def test_what_could_only_be_guessed_is_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("data", [tiff(of(10, GREY), 10, 1), tiff(of(8, SHARES, RGB), 8, 2, t338=[0] * 4)])
 def test_a_tiff_that_pillow_does_not_open_is_called_so(data: bytes) -> None:
-    error = failure(data)
-    assert_error(error, 422, "Image not decodable")
-    assert "the TIFF file" in str(error)
+    assert_error(failure(data), 422, "Image not decodable")
 
 
 def profile(space: bytes) -> bytes:
@@ -184,28 +181,18 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 @pytest.mark.parametrize(
     ("mode", "kind", "own"),
     [
-        ("RGB", "JPEG", b"RGB "),
-        ("RGB", "PNG", b"RGB "),
-        ("RGBA", "PNG", b"RGB "),
-        ("P", "PNG", b"RGB "),
-        ("RGB", "WEBP", b"RGB "),
-        ("RGB", "TIFF", b"RGB "),
-        ("L", "JPEG", b"GRAY"),
-        ("L", "PNG", b"GRAY"),
-        ("LA", "PNG", b"GRAY"),
-        ("I;16", "PNG", b"GRAY"),
-        ("1", "PNG", b"GRAY"),
-        ("CMYK", "JPEG", b"CMYK"),
-        ("LAB", "TIFF", None),
+        *(("RGB", "JPEG", b"RGB "), ("RGB", "PNG", b"RGB "), ("RGBA", "PNG", b"RGB "), ("P", "PNG", b"RGB ")),
+        *(("RGB", "WEBP", b"RGB "), ("RGB", "TIFF", b"RGB "), ("L", "JPEG", b"GRAY"), ("L", "PNG", b"GRAY")),
+        *(("LA", "PNG", b"GRAY"), ("I;16", "PNG", b"GRAY"), ("1", "PNG", b"GRAY")),
+        *(("CMYK", "JPEG", b"CMYK"), ("LAB", "TIFF", None)),
     ],
 )
 def test_only_a_profile_of_the_pictures_own_colour_space_counts(
     mode: str, kind: str, own: bytes | None, space: bytes
 ) -> None:
-    if mode in ("I;16", "LAB"):
-        image = Image.new(mode, (32, 32), 30_000 if mode == "I;16" else (120, 0, 0))
-    else:
-        image = Image.new("RGB", (32, 32), (120,) * 3).convert(mode)
+    own_colours = {"I;16": 30_000, "LAB": (120, 0, 0)}
+    image = Image.new(mode if mode in own_colours else "RGB", (32, 32), own_colours.get(mode, (120,) * 3))
+    image = image if mode in own_colours else image.convert(mode)
     plain = load_image(saved(image, kind), SPEC)
     found = load_image(saved(image, kind, icc_profile=profile(space)), SPEC)
     # Black and white stay what they are; a profile of inks without a table of colours is broken.
@@ -213,12 +200,15 @@ def test_only_a_profile_of_the_pictures_own_colour_space_counts(
     assert (difference(found, plain) > 20) == counts
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def test_a_grey_picture_that_pillow_opens_as_colours_keeps_its_profile() -> None:
     data = png(of(16, GREY, np.ones_like(GREY)), 16, 4)
-    inserted = zlib.compress(profile(b"GRAY"))
-    body = b"iCCP" + b"grey\0\0" + inserted
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    assert difference(load_image(data[:33] + chunk + data[33:], SPEC), load_image(data, SPEC)) > 20
+    inserted = chunk(b"iCCP", b"grey\0\0" + zlib.compress(profile(b"GRAY")))
+    assert difference(load_image(data[:33] + inserted + data[33:], SPEC), load_image(data, SPEC)) > 20
 
 
 LARGE = Image.fromarray(picture(601, 403))
@@ -284,65 +274,42 @@ def assert_error(error: ImageError, status: int, title: str) -> None:
 RED = saved(Image.new("RGB", (8, 8), "red"), "PNG")
 
 
-def header_only_png(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+def test_too_many_pixels_are_refused_by_the_header_and_too_many_bytes_before() -> None:
+    def claims(side: int) -> bytes:
+        return RED[:8] + chunk(b"IHDR", struct.pack(">II", side, side) + RED[24:29]) + RED[33:]
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
-
-
-def test_too_many_pixels_are_refused_by_the_header() -> None:
-    assert failure(header_only_png(10_000, 10_000)).status == 413
-    assert failure(header_only_png(60_000, 60_000)).status == 413  # beyond Pillow's own cap, too
-    assert failure(header_only_png(300, 300)).status == 422  # so the header alone was what refused the others
-    assert "100 x 101 = 10,100 pixels" in str(
-        failure(saved(Image.new("L", (100, 101)), "PNG"), Limits(max_pixels=10_000))
-    )
-
-
-def test_too_many_bytes() -> None:
-    error = failure(RED, Limits(max_bytes=10))
-    assert error.status == 413
-    assert "at most 10" in str(error)
+    assert_error(failure(claims(10_000)), 413, "Image too large")
+    assert_error(failure(claims(60_000)), 413, "Image too large")  # beyond Pillow's own cap, too
+    assert_error(failure(claims(300)), 422, "Image not decodable")  # the header alone refused the others
+    error = failure(saved(Image.new("L", (100, 101)), "PNG"), Limits(max_pixels=10_000))
+    assert "10,100" in str(error)
+    assert_error(failure(RED, Limits(max_bytes=10)), 413, "Image too large")
 
 
 @pytest.mark.parametrize(
-    ("data", "status"),
+    ("data", "title"),
     [
-        (b"", 422),
-        (b"hello, this is text", 422),
-        (RED[:45], 422),
-        (RED[:20], 422),
-        (b"<!DOCTYPE html><html></html>", 422),
+        *((b"", "Empty image"), (b"hello, this is text", "Not an image"), (RED[:45], "Image not decodable")),
+        *((RED[:20], "Image not decodable"), (b"<!DOCTYPE html><html></html>", "Not an image")),
     ],
 )
-def test_what_is_no_image(data: bytes, status: int) -> None:
-    assert failure(data).status == status
+def test_what_is_no_image(data: bytes, title: str) -> None:
+    assert_error(failure(data), 422, title)
 
 
 @pytest.mark.parametrize(
     ("start", "name"),
     [
-        (b"%PDF-1.7 ...", "PDF"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        *((b"%PDF-1.7 ...", "PDF"), (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG")),
         (b"P6 1 1 255 abc", "PNM"),
         (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "AVIF"),
         (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", "a video"),
-        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"),
-        (b"\x1aE\xdf\xa3\x01\0\0\0", "a video"),
-        (b"\xff\x0a\xfa\x1f", "JPEG XL"),
-        (bytes.fromhex("0000000c4a584c200d0a870a"), "JPEG XL"),
+        *((b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"), (b"\x1aE\xdf\xa3\x01\0\0\0", "a video")),
+        *((b"\xff\x0a\xfa\x1f", "JPEG XL"), (bytes.fromhex("0000000c4a584c200d0a870a"), "JPEG XL")),
+        *((saved(Image.new("RGB", (16, 16)), kind), kind[:4]) for kind in ("ICO", "JPEG2000", "DDS")),
     ],
 )
 def test_a_format_that_is_not_accepted_is_named(start: bytes, name: str) -> None:
@@ -366,30 +333,6 @@ def test_formats_that_are_off_can_be_turned_on(kind: str) -> None:
 def test_a_format_that_pillow_knows_and_we_do_not_take() -> None:
     for kind in ("ICO", "JPEG2000", "PPM", "DDS"):
         assert failure(saved(Image.new("RGB", (16, 16)), kind)).status == 415, kind
-
-
-@pytest.mark.skipif(not DATA, reason="PRG_TEST_DATA is not set")
-def test_odd_images(capfd: pytest.CaptureFixture[str]) -> None:
-    """Every odd file is an array or an ImageError, and mostly what its maker says."""
-    folder = Path(DATA or "") / "odd-images"
-    rows = [json.loads(line) for line in (folder / "MANIFEST.jsonl").read_text().splitlines()]
-    differing = []
-    for row in rows:
-        status = outcome((folder / row["path"]).read_bytes())
-        pillow = row["pillow13"]
-        if pillow.get("format") in FORMATS and (status == 200) != (pillow["outcome"] == "ok"):
-            differing.append(row["path"])
-    capfd.readouterr()  # libtiff writes its warnings straight to the terminal
-    assert len(rows) > 600
-    assert len(differing) <= 4, differing
-
-
-def outcome(data: bytes) -> int:
-    try:
-        found = load_image(data, SPEC)
-    except ImageError as error:
-        return error.status
-    return 200 if found.shape == (3, 32, 32) else 500
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """An entry run in this process."""
 
 import io
-import re
 import zipfile
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def test_the_highest_version_is_the_default(tmp_path: Path) -> None:
     directory = write_tiny_entry(tmp_path, versions=("1", "2", "10"))
     assert Runner(directory).version == "10"
     assert np.allclose(Runner(directory, "2").run(IMAGES, LEVELS)["HIDDEN"][0, 3], 0.01)
-    with pytest.raises(EntryError, match="no version '3' .there are: 1, 2, 10"):
+    with pytest.raises(EntryError, match="'3'.*1, 2, 10"):
         Runner(directory, "3")
 
 
@@ -50,7 +49,7 @@ def test_the_highest_version_is_the_default(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arrays_are_refused(tmp_path: Path, images: np.ndarray, levels: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="^(images|t_end) "):
         Runner(write_tiny_entry(tmp_path)).run(images, levels)
 
 
@@ -69,20 +68,8 @@ def of_a_newer_torch() -> bytes:
     return changed.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not TorchScript", "can't load it"),
-        (
-            of_a_newer_torch(),
-            re.escape(f"PyTorch {torch.__version__} can't load it (Unknown builtin op: aten::mean_of"),
-        ),
-        (tiny_module(False, 0), "answers with shapes"),
-    ],
-)
-def test_a_module_that_is_not_what_the_entry_says_is_refused(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+@pytest.mark.parametrize("content", [b"not TorchScript", of_a_newer_torch(), tiny_module(False, 0)])
+def test_a_module_that_is_not_what_the_entry_says_is_refused(tmp_path: Path, content: bytes) -> None:
     directory = write_tiny_entry(tmp_path)
     path = directory / "1" / "model.pt"
     path.write_bytes(content)
@@ -92,5 +79,7 @@ def test_a_module_that_is_not_what_the_entry_says_is_refused(
     version = entry.prg.versions["1"].model_copy(update={"sha256": sha256(path)})
     entry.prg.versions["1"] = version
     write_entry(directory, entry)
-    with pytest.raises(EntryError, match=message):
+    with pytest.raises(EntryError, match="model.pt") as error:
         Runner(directory)
+    # What to do about it is the PyTorch that wrote it.
+    assert (torch.__version__ in str(error.value)) == (content != tiny_module(False, 0))

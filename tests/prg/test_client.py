@@ -54,23 +54,17 @@ def test_embeddings_of_many_images_in_order(client: Client, tmp_path: Path) -> N
     assert len(found.fingerprint) == 12
 
 
-def test_levels_features_and_lengths(client: Client) -> None:
+def test_levels_features_classes_and_models(client: Client) -> None:
     found = client.embed([RED, BLUE], t_end=[0.5, 0.25, 1.0], feature="state", normalize=True)
     assert found.vectors.shape == (2, 3, 768)
     assert np.linalg.norm(found.vectors, axis=2) == pytest.approx(np.ones((2, 3)), abs=1e-5)
-
-
-def test_classes_and_models(client: Client) -> None:
-    found = client.classify([BLUE, b"text"], top_k=2)
-    assert [p.label for p in found.predictions[0]] == ["blue", "late"]
-    assert found.predictions[1] == []
-    assert list(found.errors) == [1]
+    classes = client.classify([BLUE, b"text"], top_k=2)
+    assert [p.label for p in classes.predictions[0]] == ["blue", "late"]
+    assert classes.predictions[1] == []
+    assert list(classes.errors) == [1]
     assert client.models()["default"] == "tiny"
-
-
-def test_images_may_come_from_another_call(client: Client) -> None:
-    blue = (image for image in [RED, BLUE] if client.classify([image]).predictions[0][0].label == "blue")
-    assert client.embed(blue, t_end=0.5).vectors.tolist() == [pytest.approx([0, 0, 1, 0.5])]
+    of_another_call = (i for i in [RED, BLUE] if client.classify([i]).predictions[0][0].label == "blue")
+    assert client.embed(of_another_call, t_end=0.5).vectors.tolist() == [pytest.approx([0, 0, 1, 0.5])]
 
 
 def test_threads_share_one(client: Client) -> None:
@@ -81,53 +75,21 @@ def test_threads_share_one(client: Client) -> None:
 
 def test_all_bad_is_no_exception_and_none_is(client: Client) -> None:
     assert list(client.embed([b"text"]).errors) == [0]
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError):
         client.embed([])
-    with pytest.raises(ServiceError, match="422: .*unknown"):
+    with pytest.raises(ServiceError, match="^422.*unknown"):
         client.embed([RED], model="unknown")
 
 
-def test_asyncio(tmp_path: Path) -> None:
+async def test_asyncio(tmp_path: Path) -> None:
     write_tiny_entry(tmp_path)
-
-    async def scene() -> None:
-        app = create_app(Settings(model_repository=tmp_path))
-        async with app.router.lifespan_context(app), AsyncClient() as found:
-            found._http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
-            several = await asyncio.gather(*(found.embed([RED, BLUE], t_end=k / 8) for k in range(8)))
-            assert [e.vectors[1, 3] for e in several] == [k / 8 for k in range(8)]
-            assert (await found.classify([BLUE])).predictions[0][0].label == "blue"
-            with pytest.raises(ServiceError, match="t_end"):
-                await found.embed([RED], t_end=3)
-
-    asyncio.run(scene())
-
-
-class Script:
-    """A transport that answers as it is told, and a clock that keeps what was waited."""
-
-    def __init__(self, *steps: Any) -> None:
-        self.steps = list(steps)
-        self.waited: list[float] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        step = self.steps.pop(0)
-        if isinstance(step, Exception):
-            raise step
-        status, headers = step
-        return httpx.Response(
-            status, headers=headers, json={"data": [], "default": "x"} if status == 200 else {"detail": "no"}
-        )
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Any) -> tuple[Client, Script]:
-    script = Script(*steps)
-
-    async def sleep(_: object, seconds: float) -> None:
-        script.waited.append(seconds)
-
-    monkeypatch.setattr("prg.client._Blocking._sleep", sleep)
-    return client_of(script), script
+    app = create_app(Settings(model_repository=tmp_path))
+    async with app.router.lifespan_context(app), async_client_of(httpx.ASGITransport(app)) as found:
+        several = await asyncio.gather(*(found.embed([RED, BLUE], t_end=k / 8) for k in range(8)))
+        assert [e.vectors[1, 3] for e in several] == [k / 8 for k in range(8)]
+        assert (await found.classify([BLUE])).predictions[0][0].label == "blue"
+        with pytest.raises(ServiceError, match="t_end"):
+            await found.embed([RED], t_end=3)
 
 
 def client_of(service: Callable[[httpx.Request], httpx.Response], **options: Any) -> Client:
@@ -136,21 +98,45 @@ def client_of(service: Callable[[httpx.Request], httpx.Response], **options: Any
     return found
 
 
+def async_client_of(service: httpx.AsyncBaseTransport, **options: Any) -> AsyncClient:
+    found = AsyncClient(**options)
+    found._http = httpx.AsyncClient(transport=service, base_url="http://service")
+    return found
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Any) -> tuple[Client, list[float]]:
+    """A client of a service that answers step by step with (status, headers), and what it waited between them."""
+    left, waited = iter(steps), []
+
+    def service(_: httpx.Request) -> httpx.Response:
+        step = next(left)
+        if isinstance(step, Exception):
+            raise step
+        body = {"data": [], "default": "x"} if step[0] == 200 else {"detail": "no"}
+        return httpx.Response(step[0], headers=step[1], json=body)
+
+    async def sleep(_: object, seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr("prg.client._Blocking._sleep", sleep)
+    return client_of(service), waited
+
+
 def test_it_waits_as_long_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = httpx.ConnectError("refused")
     steps = [(503, {"Retry-After": "7"}), (429, {"Retry-After": "9999"}), refusal, (503, {}), (200, {})]
-    found, script = scripted(monkeypatch, *steps)
+    found, waited = scripted(monkeypatch, *steps)
     assert found.models()["default"] == "x"
-    assert script.waited == [7, 60, 1, 2]
+    assert waited == [7, 60, 1, 2]
 
 
 def test_a_proxy_may_ask_by_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
     dates = [format_datetime(datetime.fromtimestamp(1_700_000_000 + s, UTC), usegmt=True) for s in (12, -9)]
     steps = [*((503, {"Retry-After": date}) for date in dates), (503, {"Retry-After": "soon"}), (200, {})]
-    found, script = scripted(monkeypatch, *steps)
+    found, waited = scripted(monkeypatch, *steps)
     found.models()
-    assert script.waited == [12, 0, 1]
+    assert waited == [12, 0, 1]
 
 
 def test_an_image_larger_than_a_request_may_be_fails_alone() -> None:
@@ -201,7 +187,7 @@ def test_several_requests_are_in_flight_and_answers_stay_in_order() -> None:
     assert found.vectors[:, 0].tolist() == list(range(count))
 
 
-def test_concurrency_is_bounded() -> None:
+async def test_concurrency_is_bounded() -> None:
     running, most = 0, 0
 
     async def service(request: httpx.Request) -> httpx.Response:
@@ -212,15 +198,11 @@ def test_concurrency_is_bounded() -> None:
         running -= 1
         return answer(request)
 
-    async def scene() -> None:
-        async with AsyncClient(concurrency=2) as found:
-            found._http = httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://service")
-            vectors = (await found.embed(numbered(300))).vectors
-        assert vectors[:, 0].tolist() == list(range(300))
-
-    asyncio.run(scene())
+    async with async_client_of(httpx.MockTransport(service), concurrency=2) as found:
+        vectors = (await found.embed(numbered(300))).vectors
+    assert vectors[:, 0].tolist() == list(range(300))
     assert most == 2
-    with pytest.raises(PrgError, match="at least 1"):
+    with pytest.raises(PrgError, match="concurrency"):
         Client(concurrency=0)
 
 
@@ -235,7 +217,7 @@ def test_the_first_failure_ends_the_others() -> None:
             time.sleep(0.001)
         return httpx.Response(422, json={"detail": "no such option"})
 
-    with pytest.raises(ServiceError, match="no such option"):
+    with pytest.raises(ServiceError, match="^422"):
         client_of(service).embed(numbered(1000))
     until = time.monotonic() + 30
     while threading.active_count() > others and time.monotonic() < until:
@@ -244,7 +226,7 @@ def test_the_first_failure_ends_the_others() -> None:
     assert len(asked) == 4
 
 
-def test_the_first_failure_cancels_the_others_of_asyncio() -> None:
+async def test_the_first_failure_cancels_the_others_of_asyncio() -> None:
     asked, cancelled = [], []
 
     async def service(request: httpx.Request) -> httpx.Response:
@@ -258,13 +240,9 @@ def test_the_first_failure_cancels_the_others_of_asyncio() -> None:
             raise
         return answer(request)
 
-    async def scene() -> None:
-        async with AsyncClient(concurrency=3) as found:
-            found._http = httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://service")
-            with pytest.raises(ServiceError, match="no such option"):
-                await found.embed(numbered(1000))
-
-    asyncio.run(scene())
+    async with async_client_of(httpx.MockTransport(service), concurrency=3) as found:
+        with pytest.raises(ServiceError, match="^422"):
+            await found.embed(numbered(1000))
     assert (len(asked), len(cancelled)) == (3, 2)
 
 
@@ -272,7 +250,7 @@ def test_answers_of_two_models_are_not_mixed() -> None:
     def service(request: httpx.Request) -> httpx.Response:
         return answer(request, "old" if b"image 0." in request.content else "new")
 
-    with pytest.raises(ServiceError, match="409: the model was replaced"):
+    with pytest.raises(ServiceError, match="^409"):
         client_of(service).embed(numbered(100))
 
 
@@ -289,44 +267,38 @@ def test_levels_count_as_rows_of_a_request() -> None:
     assert max(sizes) * 8 <= REQUEST_ROWS
 
 
-def test_an_error_of_the_images_themselves_is_raised_as_it_is() -> None:
+async def test_an_error_of_the_images_themselves_is_raised_as_it_is() -> None:
     def broken() -> Iterator[bytes]:
         yield from numbered(100)
         raise LookupError("no more")
 
-    with pytest.raises(LookupError, match="no more"):
+    with pytest.raises(LookupError):
         client_of(answer).embed(broken())
-
-    async def scene() -> None:
-        async with AsyncClient() as found:
-            found._http = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://service")
-            with pytest.raises(LookupError, match="no more"):
-                await found.embed(broken())
-
-    asyncio.run(scene())
+    async with async_client_of(httpx.MockTransport(answer)) as found:
+        with pytest.raises(LookupError):
+            await found.embed(broken())
 
 
-def test_a_client_that_nobody_closes_lets_the_program_end() -> None:
-    code = "from prg.client import Client; Client('http://127.0.0.1:9')"
+def test_a_client_that_nobody_closes_lets_the_program_end_and_needs_no_torch() -> None:
+    code = "import sys; from prg.client import Client; Client('http://127.0.0.1:9'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "http://[::1", "ftp://a", ""])
 def test_an_address_without_a_scheme_is_an_error_at_once(url: str) -> None:
-    with pytest.raises(PrgError, match="is no address of a service"):
-        Client(url)
-    with pytest.raises(PrgError, match="is no address of a service"):
-        AsyncClient(url)
+    for kind in (Client, AsyncClient):
+        with pytest.raises(PrgError, match=re.escape(repr(url))):
+            kind(url)
 
 
 def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = scripted(monkeypatch, *[(503, {})] * 7)
-    with pytest.raises(ServiceError, match="503: no"):
+    with pytest.raises(ServiceError, match="^503"):
         found.models()
-    found, script = scripted(monkeypatch, *[httpx.ConnectError("refused")] * 7)
+    found, waited = scripted(monkeypatch, *[httpx.ConnectError("refused")] * 7)
     with pytest.raises(NoServiceError, match="http://service/models"):
         found.models()
-    assert sum(script.waited) < 2
+    assert sum(waited) < 2
 
 
 def test_proxies_are_not_for_this_machine(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +307,7 @@ def test_proxies_are_not_for_this_machine(client: Client, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, "socks5://127.0.0.1:9")
     with Client(f" {address} ") as found:
         assert found.models()["default"] == "tiny"
-    with pytest.raises(PrgError, match="add elsewhere to NO_PROXY"):
+    with pytest.raises(PrgError, match="NO_PROXY"):
         Client("http://elsewhere")
 
 
@@ -353,12 +325,7 @@ def test_one_image_in_each_form(client: Client, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 504])
 def test_other_errors_are_not_tried_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    found, script = scripted(monkeypatch, (status, {}))
+    found, waited = scripted(monkeypatch, (status, {}))
     with pytest.raises(ServiceError, match=str(status)):
         found.models()
-    assert script.waited == []
-
-
-def test_it_needs_no_torch() -> None:
-    code = "import sys, prg.client; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert waited == []

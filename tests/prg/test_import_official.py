@@ -18,8 +18,11 @@ from prg.cli import main
 from prg.encoder import Encoder, EncoderConfig
 from prg.errors import CheckpointError
 from prg.importers import imported as module
+from prg.importers.imported import write_run
+from prg.importers.official import import_official
+from prg.recipe import load_recipe
 from prg.trained import load_trained
-from prg.training.run import open_run
+from prg.training.run import Run
 from prg.unet import PRESETS, UNet
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -28,7 +31,8 @@ from fill import fill  # noqa: E402
 
 OF_PRETRAINING = "{}model.backbone.unet."
 OF_FINETUNING = "grlEncoder.diffusionModel.model.{}model.backbone.unet."
-OFFICIAL = {"finetune.head_input": '"state"', "finetune.head": '"mlp"'}
+Settings = dict[str, Any]
+OFFICIAL: Settings = {"finetune.head_input": '"state"', "finetune.head": '"mlp"'}
 
 
 def official_file(
@@ -51,9 +55,18 @@ def official_file(
     return path
 
 
-def imports(file: Path, run: Path, **settings: object) -> int:
-    flags = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
-    return main(["import", "official", str(file), str(run), "--recipe", "images-32", *flags])
+def imports(file: Path, run: Path, settings: Settings) -> Run:
+    recipe = load_recipe("images-32", [f"{name}={value}" for name, value in settings.items()])
+    return write_run(run, import_official(file, recipe))
+
+
+def refused(file: Path, run: Path, settings: Settings) -> str:
+    """Why; nothing is left of the run."""
+    with pytest.raises(CheckpointError) as error:
+        imports(file, run, settings)
+    assert not run.exists()
+    assert file.name in str(error.value)
+    return str(error.value)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -65,16 +78,13 @@ def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
 
 
 def test_a_fine_tuned_file_gives_the_official_state_and_logits(tmp_path: Path) -> None:
-    name, path, steps, t_end = "gvp32_cut8", "gvp", 7, 1 - 7 / 19
-    file, labels = (
-        official_file(tmp_path / "GenerativeClassify_7.pt", "unet32", 10),
-        [str(i) for i in range(10)],
-    )
-    settings = {"network": "unet32", "encoder.path": path, "encoder.steps": steps, "data.labels": labels}
-    assert imports(file, tmp_path / "run", **settings, **OFFICIAL, **{"finetune.t_end": [t_end]}) == 0
-    model, facts = load_trained(tmp_path / "run" / "finetune" / "checkpoint.safetensors")
+    t_end, labels = 1 - 7 / 19, [str(i) for i in range(10)]
+    file = official_file(tmp_path / "GenerativeClassify_7.pt", "unet32", 10)
+    settings = {"network": "unet32", "encoder.path": "gvp", "encoder.steps": 7, "data.labels": labels}
+    run = imports(file, tmp_path / "run", settings | OFFICIAL | {"finetune.t_end": [t_end]})
+    model, facts = load_trained(run.finetuned)
     assert list(facts.classes) == labels
-    vectors, levels = golden(name), torch.full((2,), t_end)
+    vectors, levels = golden("gvp32_cut8"), torch.full((2,), t_end)
     model.eval()
     with torch.inference_mode():
         z, _ = model.encoder.reverse(vectors["x"], levels)
@@ -87,52 +97,44 @@ def test_a_fine_tuned_file_gives_the_official_state_and_logits(tmp_path: Path) -
 @pytest.mark.parametrize(("name", "path"), [("icfm32_full", "icfm"), ("gvp32_cut8", "gvp")])
 def test_a_pretrained_file_gives_the_official_velocity(tmp_path: Path, name: str, path: str) -> None:
     file = official_file(tmp_path / "DiffusionModel_Pretrain_7.pt", "unet32", None, "module._orig_mod.")
-    assert imports(file, tmp_path / "run", network="unet32", **{"encoder.path": path}) == 0
-    recipe = open_run(tmp_path / "run", None).recipe
-    net, saved = UNet(recipe.unet).eval(), open_run(tmp_path / "run", None).pretrained
-    load_strictly(net, load_checkpoint(saved).part("average"), saved)
+    run = imports(file, tmp_path / "run", {"network": "unet32", "encoder.path": path})
+    net = UNet(run.recipe.unet).eval()
+    load_strictly(net, load_checkpoint(run.pretrained).part("average"), run.pretrained)
     vectors = golden(name)
     with torch.inference_mode():
-        field = Encoder(net, recipe.encoder).field
+        field = Encoder(net, run.recipe.encoder).field
         t = vectors["t"]
         found = -field(vectors["x"], 1 - t) if path == "gvp" else field(vectors["x"], t)
     close(found, vectors["v"], 1e-4)
 
 
-SMALL = {"network": "tiny16", "image.size": 16, "image.resize": 16, "data.validation": 0.5}
+SMALL: Settings = {"network": "tiny16", "image.size": 16, "image.resize": 16, "data.validation": 0.5}
 QUICK = {"finetune.epochs": 0.5, "finetune.batch": 8, "finetune.precision": '"fp32"'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["icfm", "gvp"])
-def test_it_goes_on_like_our_own(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_goes_on_like_our_own(path: str, tmp_path: Path) -> None:
+    """By the commands."""
     photos, run, tuned = image_folder(tmp_path / "photos", each=24), tmp_path / "run", tmp_path / "tuned"
     file = official_file(tmp_path / "classify.pt", "tiny16", 3, "", fill_it=False)
-    settings = SMALL | QUICK | OFFICIAL | {"encoder.path": path}
-    sourced = settings | {"data.source": f'"{photos}"'}
-    assert imports(file, run, **sourced) == 0
-    assert "network and head" in capsys.readouterr().out
+    settings = SMALL | QUICK | OFFICIAL | {"encoder.path": path, "data.source": f'"{photos}"'}
+    recipe = ["--recipe", "images-32", *(part for k, v in settings.items() for part in ("--set", f"{k}={v}"))]
+    assert main(["import", "official", str(file), str(run), *recipe]) == 0
     assert main(["evaluate", str(run)]) == 0
     assert main(["export", str(run), str(tmp_path / "models" / "official")]) == 0
     prg = read_entry(tmp_path / "models" / "official").prg
     assert prg.labels == ("blue", "green", "red")
     origin = prg.versions["1"].training["imported"]
-    assert [origin[k] for k in ("origin", "file", "version")] == [
-        "official PRG release",
-        "classify.pt",
-        "epoch 7",
-    ]
-    capsys.readouterr()
+    assert (origin["file"], origin["version"]) == ("classify.pt", "epoch 7")
     assert main(["finetune", str(run)]) == 1
-    assert "was imported" in capsys.readouterr().err
-    flags = [part for k, v in sourced.items() for part in ("--set", f"{k}={v}")]
     init = ["--init", str(run / "pretrain" / "checkpoint.safetensors")]
-    assert main(["finetune", str(tuned), "--recipe", "images-32", *flags, *init]) == 0
+    assert main(["finetune", str(tuned), *recipe, *init]) == 0
     assert main(["export", str(tuned), str(tmp_path / "models" / "tuned")]) == 0
     version = read_entry(tmp_path / "models" / "tuned").prg.versions["1"]
-    assert version.training["history"][0].startswith("import: official PRG release epoch 7, classify.pt")
+    assert "epoch 7, classify.pt" in version.training["history"][0]
     assert version.held_out is None
-    assert imports(file, run, **sourced) == 1
-    assert "holds a run already" in capsys.readouterr().err
+    assert main(["import", "official", str(file), str(run), *recipe]) == 1  # it holds a run already
 
 
 class Harmful:
@@ -144,99 +146,81 @@ class Harmful:
 
 
 @pytest.mark.parametrize("protocol", ["torch", "pickle"])
-def test_no_code_of_a_file_is_run(protocol: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_code_of_a_file_is_run(protocol: str, tmp_path: Path) -> None:
     file, trace = tmp_path / "harmful.pt", tmp_path / "trace"
     if protocol == "torch":
         torch.save({"model": Harmful(trace)}, file)
     else:
         file.write_bytes(pickle.dumps({"model": Harmful(trace)}))
-    assert imports(file, tmp_path / "run", **SMALL) == 1
-    assert "harmful.pt: not" in capsys.readouterr().err
+    refused(file, tmp_path / "run", SMALL)
     assert not trace.exists()
-    assert not (tmp_path / "run").exists()
 
 
-def test_a_torchscript_module_is_named_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_no_tensors_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "missing.pt", tmp_path / "run", SMALL)
+    (tmp_path / "text.pt").write_text("no weights")
+    refused(tmp_path / "text.pt", tmp_path / "run", SMALL)
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "model.pt"))
-    assert imports(tmp_path / "model.pt", tmp_path / "run", **SMALL) == 1
-    assert "model.pt: a TorchScript module, not a file of tensors" in (error := capsys.readouterr().err)
-    assert "weights_only" not in error
+    assert "weights_only" not in refused(tmp_path / "model.pt", tmp_path / "run", SMALL)
 
 
 @pytest.mark.parametrize(
-    ("saved", "said"),
+    ("saved", "named"),
     [
-        ([1, 2], "holds an object of type list"),
-        ({"state_dict": {}}, "holds a table of state_dict"),
-        ({"w": torch.ones(1)}, "holds a table of w;"),
-        ({"model": {"conv.weight": torch.ones(1)}}, "holds a table of conv.weight;"),
-        ({"model": {"grlHead.classifier.0.bias": torch.ones(1)}}, "grlHead.classifier.0.bias;"),
-        ({"model": {"model.backbone.unet.a": torch.ones(1), "other": torch.ones(1)}}, "other;"),
+        *(([1, 2], "list"), ({"state_dict": {}}, "state_dict"), ({"w": torch.ones(1)}, "w")),
+        ({"model": {"conv.weight": torch.ones(1)}}, "conv.weight"),
+        ({"model": {"grlHead.classifier.0.bias": torch.ones(1)}}, "grlHead.classifier.0.bias"),
+        ({"model": {"model.backbone.unet.a": torch.ones(1), "other": torch.ones(1)}}, "other"),
     ],
 )
-def test_another_file_is_answered_with_what_is_accepted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], saved: object, said: str
-) -> None:
-    torch.save(saved, tmp_path / "other.pt")
-    assert imports(tmp_path / "other.pt", tmp_path / "run", **SMALL) == 1
-    error = capsys.readouterr().err
-    assert said in error
-    assert "accepted is a checkpoint of the release's pretraining" in error
+def test_another_file_is_answered_with_what_is_accepted(tmp_path: Path, saved: object, named: str) -> None:
+    torch.save(saved, tmp_path / "file.pt")
+    said = refused(tmp_path / "file.pt", tmp_path / "run", SMALL)
+    assert named in said
+    assert "model.backbone.unet." in said
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     file, run = official_file(tmp_path / "classify.pt", "tiny16", 3, fill_it=False), tmp_path / "run"
-
-    def said(**settings: object) -> str:
-        assert imports(file, run, **settings) == 1
-        assert not run.exists()
-        return capsys.readouterr().err
-
-    assert "say --set finetune.head_input=state" in said(**SMALL)
-    assert "3 classes, the recipe names 0" in said(**SMALL, **OFFICIAL)
-    assert "3 classes, the recipe names 2" in said(**SMALL, **OFFICIAL, **{"data.labels": ["a", "b"]})
-    three = {"data.labels": ["a", "b", "c"]}
-    assert "made for another network" in said(**OFFICIAL, **three)
-    assert "the release has icfm, otcfm and gvp alone" in said(**SMALL, **{"encoder.path": "vp"})
-    (tmp_path / "text.pt").write_text("no weights")
-    file = tmp_path / "text.pt"
-    assert "text.pt: not" in said(**SMALL)
-    file = tmp_path / "missing.pt"
-    assert "missing.pt: no such file" in said(**SMALL)
+    three = OFFICIAL | {"data.labels": ["a", "b", "c"]}
+    for settings, named in (
+        (SMALL, "finetune.head_input"),
+        (SMALL | OFFICIAL, "data.labels"),
+        (SMALL | OFFICIAL | {"data.labels": ["a", "b"]}, "data.labels"),
+        (three, "input_blocks"),
+        (SMALL | three | {"encoder.path": "vp"}, "encoder.path"),
+    ):
+        assert named in refused(file, run, settings)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    "spoil",
     [
-        (lambda t: {k: v * float("nan") for k, v in t.items()}, "something else than finite numbers"),
-        (lambda t: {k: v.int() for k, v in t.items()}, "something else than finite numbers"),
-        (lambda t: dict(enumerate(t.values())), "accepted is a checkpoint of the release"),
+        lambda t: {k: v * float("nan") for k, v in t.items()},
+        lambda t: {k: v.int() for k, v in t.items()},
+        lambda t: dict(enumerate(t.values())),
     ],
 )
 def test_tensors_that_are_no_weights_are_refused(
-    spoil: Callable[[dict[str, Any]], Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[dict[str, Any]], Any], tmp_path: Path
 ) -> None:
     file = official_file(tmp_path / "file.pt", "tiny16", None)
     torch.save({"model": spoil(torch.load(file)["model"])}, file)
-    assert imports(file, tmp_path / "run", **SMALL) == 1
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    refused(file, tmp_path / "run", SMALL)
 
 
-def test_a_full_disk_leaves_no_half_of_a_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {**SMALL, **OFFICIAL, "data.labels": ["a", "b", "c"]}
+def test_a_full_disk_leaves_no_half_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SMALL | OFFICIAL | {"data.labels": ["a", "b", "c"]}
     file = official_file(tmp_path / "file.pt", "tiny16", 3)
     whole = module.save_checkpoint
 
     def fail(path: Path, checkpoint: Checkpoint) -> None:
         if checkpoint.facts.stage == "finetune":
-            raise CheckpointError(f"{path}: could not be written (no space left)")
+            raise OSError("no space left")
         whole(path, checkpoint)
 
-    monkeypatch.setattr(module, "save_checkpoint", fail)
-    assert imports(file, tmp_path / "run", **settings) == 1
-    monkeypatch.undo()
-    assert "no space left" in capsys.readouterr().err
-    assert imports(file, tmp_path / "run", **settings) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", fail)
+        with pytest.raises(OSError):
+            imports(file, tmp_path / "run", settings)
+    imports(file, tmp_path / "run", settings)

@@ -1,7 +1,6 @@
 """Order, gradient and memory of the reverse solve."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from networks import random_net
 from torch import Tensor
 
 from prg.paths import VelocityField
-from prg.solver import TABLEAUS, integrate
+from prg.solver import TABLEAUS, Solver, integrate
 
 
 def spiral(x: Tensor, t: Tensor) -> Tensor:
@@ -21,15 +20,11 @@ def spiral(x: Tensor, t: Tensor) -> Tensor:
 def test_error_falls_with_the_order(method: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 2, dtype=torch.float64)
-    steps = [8, 16, 32, 64]
     # Times in double precision too, or rk4 would meet float32's floor.
     start, end = (torch.full((5,), t, dtype=torch.float64) for t in (1.0, 0.1))
-    from prg.solver import Solver
-
     exact = Solver(spiral, "rk4", 2000)(x, start, end)
-    errors = [(Solver(spiral, method, n)(x, start, end) - exact).norm().item() for n in steps]
-    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
-    assert slopes[-1] == pytest.approx(TABLEAUS[method].order, abs=0.15)
+    errors = [(Solver(spiral, method, n)(x, start, end) - exact).norm().item() for n in (32, 64)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(TABLEAUS[method].order, abs=0.15)
 
 
 @pytest.mark.parametrize("method", TABLEAUS)
@@ -59,18 +54,14 @@ def test_gradient_is_that_of_the_unrolled_solve(method: str) -> None:
             x = x + sum((size * w * s for w, s in zip(table.b, slopes, strict=True)), torch.zeros(()))
         return x
 
-    def solved(x: Tensor, save_memory: bool) -> Tensor:
-        from prg.solver import Solver
-
-        return Solver(field, method, 3, save_memory)(x, torch.ones(3, dtype=torch.float64), t_end)
-
-    weights = torch.randn_like(x)
+    start, weights = torch.ones(3, dtype=torch.float64), torch.randn_like(x)
+    kept, freed = (Solver(field, method, 3, save_memory) for save_memory in (False, True))
     gradients = []
-    for solve in (unrolled, lambda x: solved(x, True), lambda x: solved(x, False)):
+    for solve in (unrolled, lambda x: kept(x, start, t_end), lambda x: freed(x, start, t_end)):
         field.zero_grad()
-        start = x.clone().requires_grad_()
-        (solve(start) * weights).sum().backward()
-        gradients.append([start.grad, *(p.grad.clone() for p in field.parameters())])
+        leaf = x.clone().requires_grad_()
+        (solve(leaf) * weights).sum().backward()
+        gradients.append([leaf.grad, *(p.grad.clone() for p in field.parameters())])
     for mine in gradients[1:]:
         for a, b in zip(mine, gradients[0], strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm()
@@ -98,7 +89,7 @@ def test_memory_grows_by_the_states_alone() -> None:
 
 
 def test_unusable_choices_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown solver 'rk5': choose one of euler"):
+    with pytest.raises(ValueError, match="'rk5'.*euler"):
         integrate(spiral, torch.zeros(1, 2), 1.0, 0.0, 1, "rk5")
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError):
         integrate(spiral, torch.zeros(1, 2), 1.0, 0.0, 0)

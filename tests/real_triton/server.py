@@ -19,12 +19,8 @@ STAND_IN = Path(__file__).with_name("pytorch_backend.py")
 def find_server() -> Path | None:
     """The folder `tritonserver` of the wheel, if it is installed."""
     spec = importlib.util.find_spec("pytriton")
-    root = (
-        Path(spec.submodule_search_locations[0]) / "tritonserver"
-        if spec and spec.submodule_search_locations
-        else None
-    )
-    return root if root and (root / "bin" / "tritonserver").is_file() else None
+    roots = [Path(place) / "tritonserver" for place in (spec and spec.submodule_search_locations) or ()]
+    return next((root for root in roots if (root / "bin" / "tritonserver").is_file()), None)
 
 
 def free_ports(count: int) -> list[int]:
@@ -58,14 +54,11 @@ class TritonServer:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         (folder / "python").mkdir(parents=True, exist_ok=True)
         (folder / "pytorch").mkdir(exist_ok=True)
-        for path in (
-            self.root / "backends" / "python" / "libtriton_python.so",
-            self.root / "backends" / "python" / "triton_python_backend_utils.py",
-            self.root / "python_backend_stubs" / version / "triton_python_backend_stub",
-        ):
-            shutil.copy(
-                path, folder / "python"
-            )  # links out of the folder are refused to a Python-based backend
+        # Copied: links out of the folder are refused to a Python-based backend.
+        for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+            shutil.copy(self.root / "backends" / "python" / name, folder / "python")
+        stub = self.root / "python_backend_stubs" / version / "triton_python_backend_stub"
+        shutil.copy(stub, folder / "python")
         shutil.copy(STAND_IN, folder / "pytorch" / "model.py")
 
     def start(self, wait: bool = True) -> "TritonServer":
@@ -126,11 +119,8 @@ class TritonServer:
     def stubs(self) -> list[int]:
         """Process ids of its model processes."""
         assert self.process
-        found = subprocess.run(
-            ["pgrep", "-g", str(self.process.pid), "-f", "triton_python_backend_stub"],
-            capture_output=True,
-            text=True,
-        )
+        command = ["pgrep", "-g", str(self.process.pid), "-f", "triton_python_backend_stub"]
+        found = subprocess.run(command, capture_output=True, text=True)
         return [int(pid) for pid in found.stdout.split()]
 
     def kill(self) -> None:

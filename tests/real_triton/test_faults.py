@@ -24,6 +24,7 @@ from tests.real_triton.server import TritonServer
 from tests.tiny import png, write_tiny_entry
 
 DEADLINE_S = 5.0
+pytestmark = pytest.mark.slow
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
 
 
@@ -89,10 +90,11 @@ async def load(http: httpx.AsyncClient, callers: int = 16) -> AsyncIterator[Seen
         await asyncio.gather(*tasks)
 
 
-async def embed(http: httpx.AsyncClient, **headers: str) -> httpx.Response:
+async def embed(http: httpx.AsyncClient, model: str = "", **headers: str) -> httpx.Response:
     """One image."""
     headers = {"content-type": "image/png", **{k.replace("_", "-"): v for k, v in headers.items()}}
-    return await http.post("/embed", content=png(), headers=headers)
+    params = {"model": model} if model else {}
+    return await http.post("/embed", params=params, content=png(), headers=headers)
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], seconds: float) -> float:
@@ -122,214 +124,145 @@ def report(fact: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_server_that_goes_and_comes_back(serve: Serve, how: str) -> None:
+async def test_a_server_that_goes_and_comes_back(serve: Serve, how: str) -> None:
     server = serve()
-
-    async def scene() -> None:
-        async with gateway(server) as http, load(http) as seen:
-            await asyncio.sleep(1)
-            gone = time.monotonic()
-            await asyncio.to_thread(getattr(server, how))
-            await asyncio.sleep(1)
-            server.start(wait=False)
-            await asyncio.to_thread(server.wait_ready)
-            back = time.monotonic()
-            resumed = await eventually(lambda: answers(http), 10)
-            report(f"{how}: from Triton being ready to an answer", resumed)
-            await asyncio.sleep(2)
-        assert seen.wrong == []
-        assert {status for _, ended, status in seen.rows if ended < gone} == {200}
-        assert 503 in seen.statuses(gone, back)
-        assert seen.statuses(back + resumed + 1) == {200}
-        await asyncio.sleep(0)
-
-    asyncio.run(scene())
+    async with gateway(server) as http, load(http) as seen:
+        await asyncio.sleep(1)
+        gone = time.monotonic()
+        await asyncio.to_thread(getattr(server, how))
+        await asyncio.sleep(1)
+        server.start(wait=False)
+        await asyncio.to_thread(server.wait_ready)
+        back = time.monotonic()
+        resumed = await eventually(lambda: answers(http), 10)
+        report(f"{how}: from Triton being ready to an answer", resumed)
+        await asyncio.sleep(2)
+    assert seen.wrong == []
+    assert {status for _, ended, status in seen.rows if ended < gone} == {200}
+    assert 503 in seen.statuses(gone, back)
+    assert seen.statuses(back + resumed + 1) == {200}
 
 
-def test_one_of_two_is_killed(serve: Serve) -> None:
+async def test_two_share_the_load_and_one_is_killed(serve: Serve) -> None:
     first, second = serve(), serve()
+    async with gateway(first, second) as http, load(http) as seen:
+        await asyncio.sleep(2)
+        counts = [server.counters("nv_inference_count")["tiny"] for server in (first, second)]
+        assert min(counts) > 0.25 * sum(counts)
+        killed = time.monotonic()
+        await asyncio.to_thread(first.kill)
 
-    async def scene() -> None:
-        async with gateway(first, second) as http, load(http) as seen:
-            await asyncio.sleep(1)
-            killed = time.monotonic()
-            await asyncio.to_thread(first.kill)
-            await asyncio.sleep(3)
-            text = (await http.get("/metrics")).text
-            assert f'prg_engine_up{{address="{first.url}"}} 0.0' in text
-            assert f'prg_engine_up{{address="{second.url}"}} 1.0' in text
-        assert seen.wrong == []
-        failed = [begun - killed for begun, _, status in seen.rows if status != 200]
-        report("one of two killed: from the kill to the last failed request", max(failed, default=0))
-        assert seen.statuses(killed + 1) == {200}
-        assert len([r for r in seen.rows if r[0] > killed + 1]) > 20
+        async def others_answer() -> bool:
+            return len([begun for begun, *_ in seen.rows if begun > killed + 1]) > 20
 
-    asyncio.run(scene())
-
-
-def test_both_of_two_share_the_load(serve: Serve) -> None:
-    servers = [serve(), serve()]
-
-    async def scene() -> None:
-        async with gateway(*servers) as http, load(http):
-            await asyncio.sleep(2)
-
-    asyncio.run(scene())
-    counts = [server.counters("nv_inference_count")["tiny"] for server in servers]
-    assert min(counts) > 0.25 * sum(counts)
+        await eventually(others_answer, 30)
+        text = (await http.get("/metrics")).text
+        assert f'prg_engine_up{{address="{first.url}"}} 0.0' in text
+        assert f'prg_engine_up{{address="{second.url}"}} 1.0' in text
+    assert seen.wrong == []
+    failed = [begun - killed for begun, _, status in seen.rows if status != 200]
+    report("one of two killed: from the kill to the last failed request", max(failed, default=0))
+    assert seen.statuses(killed + 1) == {200}
 
 
-def test_a_full_queue(serve: Serve, tmp_path: Path) -> None:
+async def test_a_full_queue(serve: Serve, tmp_path: Path) -> None:
     path = write_tiny_entry(tmp_path / "models") / "config.pbtxt"
     path.write_text(path.read_text().replace("max_queue_size: 256", "max_queue_size: 2"))
     server = serve()
-
-    async def scene() -> None:
-        async with gateway(server) as http:
-            await eventually(lambda: is_ready(http), 10)
-            (path.parent / "slow-ms").write_text("400")
-            responses = await asyncio.gather(*(embed(http) for _ in range(12)))
-            refused = [r for r in responses if r.status_code == 503]
-            assert {r.status_code for r in responses} == {200, 503}
-            assert all("queue in Triton is full" in r.json()["detail"] for r in refused)
-            assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
-            assert await is_ready(http)
-            assert (
-                f'prg_rejections_total{{reason="engine queue"}} {len(refused)}.0'
-                in (await http.get("/metrics")).text
-            )
-            (path.parent / "slow-ms").unlink()
-            assert await answers(http)
-
-    asyncio.run(scene())
+    async with gateway(server) as http:
+        await eventually(lambda: is_ready(http), 10)
+        (path.parent / "slow-ms").write_text("400")
+        responses = await asyncio.gather(*(embed(http) for _ in range(12)))
+        refused = [r for r in responses if r.status_code == 503]
+        assert {r.status_code for r in responses} == {200, 503}
+        assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
+        assert await is_ready(http)
+        counted = f'prg_rejections_total{{reason="engine queue"}} {len(refused)}.0'
+        assert counted in (await http.get("/metrics")).text
+        (path.parent / "slow-ms").unlink()
+        assert await answers(http)
 
 
-def test_a_queue_timeout_and_a_slow_model_are_504(serve: Serve) -> None:
+async def test_a_queue_timeout_and_a_slow_model_are_504(serve: Serve) -> None:
     server = serve()
     slow = server.repository / "tiny" / "slow-ms"
-
-    async def scene() -> None:
-        async with gateway(server) as http:
-            assert await answers(http)
-            slow.write_text("1500")
-            first = asyncio.create_task(embed(http))
-            await asyncio.sleep(0.3)
-            begun = time.monotonic()
-            queued, running = await asyncio.gather(
-                embed(http, request_timeout="0.5"), embed(http, request_timeout="0.7", priority="bulk")
-            )
-            assert time.monotonic() - begun < 1.2
-            assert (queued.status_code, running.status_code) == (504, 504)
-            assert (await first).status_code == 200
-            alone = await embed(http, request_timeout="0.5")
-            assert alone.status_code == 504
-            slow.unlink()
-            await eventually(lambda: answers(http), 10)
-
-    asyncio.run(scene())
+    async with gateway(server) as http:
+        assert await answers(http)
+        slow.write_text("1500")
+        first = asyncio.create_task(embed(http))
+        await asyncio.sleep(0.3)
+        begun = time.monotonic()
+        queued, running = await asyncio.gather(
+            embed(http, request_timeout="0.5"), embed(http, request_timeout="0.7", priority="bulk")
+        )
+        assert time.monotonic() - begun < 1.2
+        assert (queued.status_code, running.status_code) == (504, 504)
+        assert (await first).status_code == 200
+        assert (await embed(http, request_timeout="0.5")).status_code == 504
+        slow.unlink()
+        await eventually(lambda: answers(http), 10)
 
 
-def test_a_model_that_does_not_load_and_is_mended(serve: Serve, tmp_path: Path) -> None:
-    write_tiny_entry(tmp_path / "models", "good")
-    path = write_tiny_entry(tmp_path / "models", "bad") / "1" / "model.pt"
-    content = path.read_bytes()
-    path.write_bytes(content[:100])
-    server = serve(start=False)
-    server.start(wait=False)
-
-    async def scene() -> None:
-        await eventually(lambda: asyncio.to_thread(lambda: "Started GRPC" in server.log.read_text()), 30)
-        async with gateway(server, default_model="good") as http:
-            assert (await http.get("/models/bad")).json()["state"] == "failed"
-            await eventually(lambda: is_ready(http), 10)
-            assert await answers(http)
-            path.write_bytes(content)
-            await http.app.state.gateway.engine.rescan()  # type: ignore[attr-defined]
-            assert (await http.get("/models/bad")).json()["state"] == "ready"
-            response = await http.post(
-                "/embed", params={"model": "bad"}, content=png(), headers={"content-type": "image/png"}
-            )
-            assert response.status_code == 200
-
-    asyncio.run(scene())
-
-
-def test_a_dead_stub_while_triton_says_ready(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dead_stub_while_triton_says_ready(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "FRESH_S", 1.0)
     monkeypatch.setattr(readiness, "CANARY_EVERY_S", 0.3)
     server = serve()
+    async with gateway(server) as http:
+        await eventually(lambda: is_ready(http), 10)
+        for pid in server.stubs():
+            os.kill(pid, signal.SIGKILL)
+        response = await embed(http)
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
 
-    async def scene() -> None:
-        async with gateway(server) as http:
-            await eventually(lambda: is_ready(http), 10)
-            for pid in server.stubs():
-                os.kill(pid, signal.SIGKILL)
-            response = await embed(http)
+        async def says_no() -> bool:
+            return not await is_ready(http)
+
+        await eventually(says_no, 10)
+        assert server.ready()
+        assert (await http.get("/health/live")).status_code == 200
+
+
+async def test_absent_at_start(serve: Serve) -> None:
+    server = serve(start=False)
+    async with gateway(server) as http:
+        assert (await http.get("/health/live")).status_code == 200
+        assert not await is_ready(http)
+        assert (await http.get("/models")).json() == {"data": []}
+        for model in ("", "tiny"):
+            response = await embed(http, model)
             assert response.status_code == 503
             assert int(response.headers["retry-after"]) >= 1
-
-            async def says_no() -> bool:
-                return not await is_ready(http)
-
-            await eventually(says_no, 10)
-            assert server.ready()
-            assert (await http.get("/health/live")).status_code == 200
-
-    asyncio.run(scene())
+        server.start(wait=False)
+        await asyncio.to_thread(server.wait_ready)
+        answered = await eventually(lambda: answers(http), 10)
+        report("absent at start: from Triton being ready to an answer", answered)
+        await eventually(lambda: is_ready(http), 15)
 
 
-def test_absent_at_start(serve: Serve) -> None:
-    server = serve(start=False)
-
-    async def scene() -> None:
-        async with gateway(server) as http:
-            assert (await http.get("/health/live")).status_code == 200
-            assert not await is_ready(http)
-            assert (await http.get("/models")).json() == {"data": []}
-            for params in ({}, {"model": "tiny"}):
-                response = await http.post(
-                    "/embed", params=params, content=png(), headers={"content-type": "image/png"}
-                )
-                assert response.status_code == 503
-                assert int(response.headers["retry-after"]) >= 1
-            server.start(wait=False)
-            await asyncio.to_thread(server.wait_ready)
-            report(
-                "absent at start: from Triton being ready to an answer",
-                await eventually(lambda: answers(http), 10),
-            )
-            await eventually(lambda: is_ready(http), 15)
-
-    asyncio.run(scene())
-
-
-def test_a_caller_that_hangs_up_cancels_the_call(serve: Serve) -> None:
+async def test_a_caller_that_hangs_up_cancels_the_call(serve: Serve) -> None:
     server = serve()
-
-    async def scene() -> None:
-        async with gateway(server) as http:
-            assert await answers(http)
-            replica = http.app.state.gateway.engine._replicas[0]  # type: ignore[attr-defined]
-            # The canary of the start may still be under way.
-            await eventually(lambda: idle(replica), 5)
-            (server.repository / "tiny" / "slow-ms").write_text("1000")
-            before = server.counters("nv_inference_count")["tiny"]
-            # One for each of Triton's two instances, so that none is free for those who hang up.
-            busy = []
-            for _ in range(2):
-                busy.append(asyncio.create_task(embed(http)))
-                await asyncio.sleep(0.2)
-            gone = [asyncio.create_task(embed(http)) for _ in range(5)]
+    async with gateway(server) as http:
+        assert await answers(http)
+        replica = http.app.state.gateway.engine._replicas[0]  # type: ignore[attr-defined]
+        # The canary of the start may still be under way.
+        await eventually(lambda: idle(replica), 5)
+        (server.repository / "tiny" / "slow-ms").write_text("1000")
+        before = server.counters("nv_inference_count")["tiny"]
+        # One for each of Triton's two instances, so that none is free for those who hang up.
+        busy = []
+        for _ in range(2):
+            busy.append(asyncio.create_task(embed(http)))
             await asyncio.sleep(0.2)
-            for task in gone:
-                task.cancel()
-            await asyncio.gather(*gone, return_exceptions=True)
-            assert replica.in_flight == 2
-            assert [(await task).status_code for task in busy] == [200, 200]
-            (server.repository / "tiny" / "slow-ms").unlink()
-            assert await answers(http)
-            await asyncio.sleep(0.5)
-            # The two and the last: of those who hung up none was computed.
-            assert server.counters("nv_inference_count")["tiny"] - before <= 3
-
-    asyncio.run(scene())
+        gone = [asyncio.create_task(embed(http)) for _ in range(5)]
+        await asyncio.sleep(0.2)
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        assert replica.in_flight == 2
+        assert [(await task).status_code for task in busy] == [200, 200]
+        (server.repository / "tiny" / "slow-ms").unlink()
+        assert await answers(http)
+        await asyncio.sleep(0.5)
+        # The two and the last: of those who hung up none was computed.
+        assert server.counters("nv_inference_count")["tiny"] - before <= 3

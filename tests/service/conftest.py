@@ -12,9 +12,11 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from tests.real_triton.server import TritonServer, find_server
-from tests.tiny import write_tiny_entry
+from tests.tiny import png, write_tiny_entry
 
 Start = Callable[..., TestClient]
+IMAGE = [("files", ("a.png", png()))]
+"""A form with one image."""
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,22 @@ from service import errors
 from service.errors import PROBLEMS, Problem
 
 ROOT = Path(__file__).parents[2]
-ITEM_ERRORS = ("entry/images.py", "service/intake.py", "service/fetch.py")
 
 
-def calls(path: str, name: str) -> list[ast.Call]:
-    found = [
-        node for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))) if isinstance(node, ast.Call)
-    ]
-    return [call for call in found if ast.unparse(call.func).removeprefix("errors.") == name]
+def of_images() -> set[tuple[int, str]]:
+    """(status, title) of every error of an image that the code makes: spelled out, or by its row."""
+    found: set[tuple[int, str]] = set()
+    for path in ("entry/images.py", "service/intake.py", "service/fetch.py"):
+        tree = ast.parse((ROOT / path).read_text("utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        for call in calls:
+            name = ast.unparse(call.func).removeprefix("errors.")
+            if name == "ImageError":
+                found.add(tuple(ast.literal_eval(word) for word in call.args[:2]))
+            elif name == "image_error":
+                row = getattr(errors, ast.unparse(call.args[0]).removeprefix("errors."))
+                found.add((row.status, row.title))
+    return found
 
 
 def test_titles_are_unique_and_become_types() -> None:
@@ -30,22 +38,8 @@ def test_titles_are_unique_and_become_types() -> None:
         assert row.when
 
 
-@pytest.mark.parametrize("path", ITEM_ERRORS)
-def test_every_error_of_an_image_is_in_the_table(path: str) -> None:
-    """Those that name status and title, and those that name a row."""
-    rows = {(row.status, row.title) for row in PROBLEMS if row.of == "image"}
-    spelled = {tuple(ast.literal_eval(word) for word in call.args[:2]) for call in calls(path, "ImageError")}
-    named = [ast.unparse(call.args[0]).removeprefix("errors.") for call in calls(path, "image_error")]
-    assert spelled <= rows
-    assert all(getattr(errors, name).of == "image" for name in named)
-    assert spelled or named
-
-
-def test_every_error_of_an_image_can_be_raised() -> None:
-    spelled = {ast.literal_eval(call.args[1]) for path in ITEM_ERRORS for call in calls(path, "ImageError")}
-    named = {ast.unparse(call.args[0]) for path in ITEM_ERRORS for call in calls(path, "image_error")}
-    titles = {getattr(errors, name.removeprefix("errors.")).title for name in named}
-    assert {row.title for row in PROBLEMS if row.of == "image"} == spelled | titles
+def test_the_errors_of_images_in_the_table_are_those_that_the_code_makes() -> None:
+    assert of_images() == {(row.status, row.title) for row in PROBLEMS if row.of == "image"}
 
 
 def test_an_image_has_the_body_that_a_request_has() -> None:
@@ -85,10 +79,28 @@ def test_the_documentation_has_the_table() -> None:
     assert f"\n\n{errors.markdown_table()}\n\n" in (ROOT / "docs" / "api.md").read_text("utf-8")
 
 
-def test_errors_of_the_framework_are_in_the_table(client: TestClient) -> None:
-    for method, path, row in (
-        ("GET", "/nothing", errors.NOT_FOUND),
-        ("DELETE", "/models", errors.METHOD_NOT_ALLOWED),
-    ):
-        answer = client.request(method, path)
-        assert (answer.status_code, answer.json()["title"]) == (row.status, row.title)
+@pytest.mark.parametrize(
+    ("method", "path", "row"),
+    [
+        *(("GET", path, errors.NOT_FOUND) for path in ("/nothing", "/models/other")),
+        ("POST", "/embed/", errors.NOT_FOUND),
+        *(("DELETE", "/models", errors.METHOD_NOT_ALLOWED), ("GET", "/embed", errors.METHOD_NOT_ALLOWED)),
+        *(("HEAD", "/embed", errors.METHOD_NOT_ALLOWED), ("GET", "/v1/nothing", errors.NOT_FOUND)),
+        ("GET", "/v1/embeddings", errors.METHOD_NOT_ALLOWED),
+    ],
+)
+def test_what_is_not_there_is_in_the_table(
+    client: TestClient, method: str, path: str, row: errors.ProblemType
+) -> None:
+    answer = client.request(method, path, follow_redirects=False)
+    status, media_type, body = errors.rendered(row, "", openai=path.startswith("/v1/"))
+    assert (answer.status_code, answer.headers["content-type"]) == (status, media_type)
+    if method != "HEAD":
+        found = answer.json()
+        found.get("error", found)["message" if "error" in found else "detail"] = ""
+        assert found == body
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/health/live", "/models", "/models/tiny", "/metrics"])
+def test_head_answers_where_get_does(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == client.get(path).status_code == 200

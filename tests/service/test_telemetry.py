@@ -5,9 +5,8 @@ import re
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.service.conftest import IMAGE
 from tests.tiny import png
-
-IMAGE = [("files", ("a.png", png()))]
 
 
 def test_metrics_count_by_route_and_parse(client: TestClient) -> None:
@@ -15,7 +14,7 @@ def test_metrics_count_by_route_and_parse(client: TestClient) -> None:
         client.post("/embed", files=[*IMAGE, ("files", ("b", b"text"))])
     client.get("/models/some-name")
     client.get("/a/path/of/my/own")
-    client.post("/embed", files=[("files", ("some-name.png", png()))], params={"model": "some-name"})
+    client.post("/embed", files={"files": ("some-name.png", png())}, params={"model": "some-name"})
     client.request("SOME-NAME", "/embed", headers={"X-Request-ID": "some-name"})
     text = client.get("/metrics").text
     samples = {
