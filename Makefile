@@ -59,6 +59,8 @@ check: .venv/.setup ## format, lint, types, import rules, links of the documents
 	$(RUN)lint-imports
 	$(RUN)hadolint docker/*.Dockerfile
 	$(RUN)zensical build --clean --strict
+	@# A clone stays small: models are replaced, not added to.
+	@git ls-files -z | xargs -0 cat | wc -c | awk '$$1 > 45e6 {print "the tracked files are " $$1 " bytes, at most 45e6"; exit 1}'
 
 bench: .venv/.setup ## measure the extractor and the gateway on this machine
 	PYTHONPATH=. $(RUN)python benchmarks/extractor.py
