@@ -335,6 +335,14 @@ def test_every_folder_is_checked() -> None:
     assert components == {p.name for p in (KUBERNETES / "components").iterdir()}
 
 
+def test_the_page_names_what_is_there() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text("utf-8")
+    named = set(re.findall(r"(?:base|overlays|components)/[\w./-]+\w", page))
+    assert {path for path in named if not (KUBERNETES / path).exists()} == set()
+    assert {f"overlays/{overlay}" for overlay, *_ in VARIANTS} <= named
+    assert f"version {VERSIONS[0]} or newer" in page
+
+
 @needs_tool
 def test_overlays_differ_in_what_triton_computes_on() -> None:
     cpu, gpu, many = (Cluster(built(overlay)) for overlay in ("cpu", "gpu", "gpu-many"))
