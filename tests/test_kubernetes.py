@@ -15,6 +15,7 @@ import pytest
 import yaml
 from prometheus_client import Gauge
 
+from service import app
 from service.routes import operations
 from service.settings import Settings, load_settings, unknown_variables
 from service.telemetry import Metrics
@@ -202,6 +203,7 @@ def check_settings(cluster: Cluster) -> None:
     environment = cluster.environment()
     assert unknown_variables(environment) == {}
     settings = cluster.settings()
+    app.check_repository(settings)
     assert (settings.engine, settings.host) == ("triton", "0.0.0.0")
     reached = []
     for address in settings.triton_url:
