@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 LEFT_BY_SYSTEMS = {"@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
 """Folders that network drives, disks, Windows and macOS put beside people's own."""
@@ -19,15 +20,18 @@ def is_hidden(name: str) -> bool:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to; whatever interrupts this, `path` holds the old content or the new."""
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # hidden, so that nobody takes it for one of a folder's files
+    # Hidden, so that nobody takes it for one of a folder's files; its own, because two may write the same file.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # such as a full disk's
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

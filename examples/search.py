@@ -49,7 +49,10 @@ class About:
     @classmethod
     def read(cls, index: Path) -> "About":
         """Of this index. Raises ValueError where it is not of this index."""
-        facts = json.loads(index.with_suffix(".json").read_text("utf-8"))
+        beside = index.with_suffix(".json")
+        if not beside.exists():
+            raise ValueError(f"{beside}: not there, and goes with {index}; remove that and index again")
+        facts = json.loads(beside.read_text("utf-8"))
         if facts.keys() != {field.name for field in fields(cls)}:
             raise ValueError(f"{index}: made by another version of this program; remove it and index again")
         return cls(**facts)
@@ -120,7 +123,7 @@ def update(arguments: argparse.Namespace) -> None:
 def restored(path: Path, about: About) -> Index:
     """An index that was saved. Raises ValueError where its .json is of another."""
     index = Index.restore(str(path))
-    if index is None or len(index) != len(about.keys):
+    if index is None or set(map(int, index.keys)) != set(about.keys.values()):
         raise ValueError(f"{path}: does not fit its .json; remove it and index again")
     return index
 

@@ -98,6 +98,8 @@ def _embed(arguments: argparse.Namespace) -> None:
     with closing(make()) as embedder:
         done = embed(job, embedder, write)
     _show(arguments.out, done)
+    if done.summary.images and done.summary.failed == done.summary.images:
+        raise DataError("no image could be used")
 
 
 def _maker(arguments: argparse.Namespace) -> "Callable[[], Embedder]":
@@ -112,7 +114,7 @@ def _maker(arguments: argparse.Namespace) -> "Callable[[], Embedder]":
         for name in ("model", "t_end", "feature"):
             if getattr(arguments, name) is not None:
                 options[name] = getattr(arguments, name)
-        return partial(Remote, arguments.url, os.environ.get("PRG_KEY"), options)
+        return partial(Remote, arguments.url, os.environ.get("PRG_KEY", "").strip() or None, options)
     if arguments.model:
         raise DataError("--model goes with --url; --entry names the model itself")
     from prg.embed.local import Local  # needs torch
@@ -120,12 +122,17 @@ def _maker(arguments: argparse.Namespace) -> "Callable[[], Embedder]":
     return partial(Local, arguments.entry.resolve(), arguments.t_end, arguments.feature, arguments.normalize)
 
 
+def printable(text: str) -> str:
+    """On one line, and without what a terminal would obey: names of files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _show(out: str, done: "Done") -> None:
     summary = done.summary
     print(f"{out}: {summary.images:,} images, {summary.computed:,} of them computed now")
     if summary.failed:
         print(f"{summary.failed:,} could not be used, and have no vector:")
-        print("\n".join(f"  {line}" for line in summary.errors))
+        print("\n".join(f"  {printable(line)}" for line in summary.errors))
         if summary.failed > len(summary.errors):
             print(f"  … and {summary.failed - len(summary.errors):,} more; see the column error")
     for line in done.skipped:

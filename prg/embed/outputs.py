@@ -14,6 +14,7 @@ from entry.files import atomic_file, write_atomically
 from prg.console import Bar, track
 from prg.embed.engines import Embedder
 from prg.embed.partitions import (
+    ABOUT,
     SUCCESS,
     Shard,
     Summary,
@@ -71,7 +72,8 @@ def check(job: Job) -> None:
         raise DataError(
             f"--out {job.out}: with --shard, and behind a URL, name a folder, which gets partitions"
         )
-    if not job.form and (Path(job.out).suffix or Path(job.out).is_file()) and not is_url(job.out):
+    folder = is_url(job.out) or job.out.endswith("/") or Path(job.out).is_dir()
+    if not job.form and not folder and (Path(job.out).suffix or Path(job.out).is_file()):
         raise DataError(f"--out {job.out}: must end in .npy or .parquet, or be a folder")
     if job.form is not NPZ:
         with needs("search"):
@@ -88,7 +90,7 @@ def embed(job: Job, embedder: Embedder, write: Write = write_partitions) -> Done
     each row's id, digest and error, and an .about.json. What the vectors are of (fingerprint, feature, t_end, dim,
     normalize, dtype) is in each parquet's metadata, as "prg", or in the .about.json.
     """
-    found = find(job.sources, job.image_column)
+    found = find(job.sources, job.image_column, job.out)
     about = {
         **embedder.identity,
         "dtype": job.dtype,
@@ -112,17 +114,25 @@ def _file(job: Job, found: Found, embedder: Embedder, about: About, form: Form) 
     out = Path(job.out)
     parts = out.with_name(out.name + ".parts")
     earlier = Known()
+    if out.exists():
+        before, rows = read_file(out)
+        check_same(before, about)
+        earlier.add(rows)
+    elif form is NPZ and not parts.exists():
+        for beside in (out.with_suffix(".jsonl"), out.with_suffix(".about.json")):
+            if beside.exists():
+                raise DataError(
+                    f"{beside}: is there without {out.name}, and would be replaced; name another --out"
+                )
     store = Folder(parts)
     with store.alone(""):
-        if out.exists():
-            before, rows = read_file(out)
-            check_same(before, about)
-            earlier.add(rows)
         begin(store, about, shard_name(0, 1))
         with track("embedding", found.count) as bar:
             names, summary = write_partitions(one_shard(found), store, form, embedder, about, bar, earlier)
         write = _write_npy if form is NPZ else _write_parquet
         write(out, store, names, about, summary.images)
+        for name in store.names() - {ABOUT}:  # that one last: by it a folder of ours is known
+            store.remove(name)
         shutil.rmtree(parts)
     return Done(summary, found.skipped, True)
 
@@ -131,7 +141,8 @@ def read_file(path: Path) -> tuple[About, Rows]:
     """What `prg embed` wrote: a .npy, a .parquet or a folder of partitions. Raises DataError for what is none."""
     try:
         if path.suffix == ".npy":
-            lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text("utf-8").splitlines()]
+            text = path.with_suffix(".jsonl").read_text("utf-8")
+            lines = [json.loads(line) for line in text.split("\n") if line]  # splitlines knows other ends too
             about = json.loads(path.with_suffix(".about.json").read_text("utf-8"))
             ids, digests, errors = ([line.get(key) for line in lines] for key in ("id", "digest", "error"))
             return about, Rows(ids, digests, errors, np.load(path, mmap_mode="r"))

@@ -17,9 +17,10 @@ import numpy as np
 from entry.errors import ImageError
 from prg.bounded import ahead
 from prg.console import Bar, note
+from prg.embed.archives import Archive, Item, display
 from prg.embed.engines import Embedder
 from prg.embed.rows import About, Form, Known, Rows
-from prg.embed.sources import Archive, Found, Item, display, file_item
+from prg.embed.sources import Found, file_item
 from prg.embed.stores import Store
 from prg.errors import DataError
 
@@ -131,13 +132,20 @@ def write_partitions(
 def begin(store: Store, about: About, shard: str) -> None:
     """Check what is in the store, and say in it what it will hold. Raises DataError where that does not fit."""
     names = store.names()
+    before = None
     if ABOUT in names:
-        check_same(json.loads(store.read(ABOUT)), about)
+        try:
+            before = json.loads(store.read(ABOUT))
+            if any(name.startswith("part-") for name in names):
+                check_same(before, about)
+        except (AttributeError, json.JSONDecodeError):
+            raise DataError(f"--out: its {ABOUT} is damaged; remove the folder and begin again") from None
     elif names:
         raise DataError(f"--out is a folder of other files, such as {min(names)}; name a new one")
     for name in names & {SUCCESS, DONE + shard}:
         store.remove(name)
-    store.write(ABOUT, json.dumps(about).encode())
+    if before != about:
+        store.write(ABOUT, json.dumps(about).encode())
 
 
 def check_same(before: About, about: About) -> None:
@@ -145,25 +153,24 @@ def check_same(before: About, about: About) -> None:
     for key in IDENTITY:
         if before.get(key) != about[key]:
             raise DataError(
-                f"--out holds vectors of {key} {before.get(key)}, these would be of {about[key]}; name another --out"
+                f"{key} differs: the vectors that are there are of {before.get(key)}, these of {about[key]}; "
+                "name another output"
             )
     missing = [source for source in before.get("sources", []) if source not in about["sources"]]
     if missing:
         raise DataError(
-            f"--out holds the images of {', '.join(missing)} too; name these again, or another --out"
+            f"the vectors that are there are of {', '.join(missing)} too; name these again, or another output"
         )
 
 
 def finish(store: Store, parts: list[str], found: Found, number: int, count: int) -> bool:
     """Say that this run's partitions are done; if all are, remove others, write _SUCCESS, and return True."""
-    listing = hashlib.sha256(
-        "\n".join(map(display, [*found.files, *(a.place for a in found.archives)])).encode()
-    )
-    mine = {"listing": listing.hexdigest(), "partitions": parts}
+    mine = {"listing": found.listing, "partitions": parts}
     store.write(DONE + shard_name(number, count), json.dumps(mine).encode())
     names = store.names()
     valid: set[str] = set()
-    for marker in (DONE + shard_name(i, count) for i in range(count)):
+    markers = {DONE + shard_name(i, count) for i in range(count)}
+    for marker in markers:
         done = json.loads(store.read(marker)) if marker in names else {}
         if done.get("listing") != mine["listing"]:  # not yet, or before the images were others
             return False
@@ -172,7 +179,8 @@ def finish(store: Store, parts: list[str], found: Found, number: int, count: int
         if name.startswith("part-") and name not in valid:
             store.remove(name)
     store.write(SUCCESS, b"")
-    for name in names:
+    # The markers stay, for a shard that is done again; those of another count don't.
+    for name in names - markers:
         if name.startswith(DONE):
             store.remove(name)
     return True
@@ -228,7 +236,7 @@ def _begun(embedder: Embedder, image: tuple[_Work, Item]) -> _Row:
         if row.vector is None:
             row.prepared = embedder.prepare(content)
     except (ImageError, DataError, OSError) as error:
-        row.error = str(error)
+        row.error = display(str(error))
     return row
 
 

@@ -52,7 +52,12 @@ class Remote:
 
     def embed(self, prepared: list[bytes]) -> list[np.ndarray | str]:
         """For each image its embedding, float32 [D], or why it has none."""
-        found = self._client.embed(prepared, **self._options)
+        try:
+            found = self._client.embed(prepared, **self._options)
+        except ServiceError as error:
+            if error.status != 413:  # each of these is larger than the service takes
+                raise
+            return [str(error)] * len(prepared)
         if found.fingerprint != self.identity["fingerprint"]:
             raise DataError(
                 f"the service's model was replaced meanwhile (encoder {self.identity['fingerprint']} by "

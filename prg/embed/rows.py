@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def from_npz(content: bytes) -> Rows:
         with np.load(io.BytesIO(content)) as saved:
             facts = json.loads(str(saved["facts"]))
             return Rows(facts["ids"], facts["digests"], facts["errors"], saved["vectors"])
-    except (OSError, KeyError) as error:
+    except (BadZipFile, EOFError, OSError, KeyError) as error:
         raise ValueError(str(error)) from None
 
 

@@ -1,45 +1,25 @@
-"""The images that are named to `prg embed`: folders, patterns and files; parquet and tars; here or behind URLs."""
+"""The images that are named to `prg embed`: folders, patterns, files and archives; here or behind URLs."""
 
 import glob
+import hashlib
 import os
 import re
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from entry.errors import ImageError
 from entry.files import is_hidden
+from prg.embed.archives import ARCHIVES, Archive, Item, display, is_archive, open_archive
 from prg.embed.stores import file_system, is_url
 from prg.errors import DataError
 from prg.images.walk import SUFFIXES, all_files, is_image, other_files
 
-TARS = (".tar", ".tar.gz", ".tgz")
-ARCHIVES = (".parquet", *TARS)
-"""Of files that hold images."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image."""
-
-    id: str
-    """Its path, or its archive and its place there. Unique."""
-    read: Callable[[], bytes]
-    """Its bytes; called in another thread. Raises OSError, or DataError."""
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A file that holds images: WebDataset's .tar, or parquet."""
-
-    place: str
-    """A path or a URL."""
-    count: int | None
-    """How many images, where that is known without reading all of it."""
-    items: Callable[[], Iterator[Item]]
-    """Raises DataError where the file is broken."""
+LARGEST = 1 << 30
+"""Bytes of an image's file."""
 
 
 @dataclass
@@ -49,6 +29,8 @@ class Found:
     files: list[str] = field(default_factory=list)
     """Paths and URLs of images, each once."""
     archives: list[Archive] = field(default_factory=list)
+    listing: str = ""
+    """A digest of all names, sizes and times of change."""
     skipped: list[str] = field(default_factory=list)
     """A sentence for each folder that holds other files too."""
 
@@ -59,25 +41,31 @@ class Found:
         return None if None in counts else len(self.files) + sum(filter(None, counts))
 
 
-def find(sources: Iterable[str], image_column: str = "") -> Found:
+def find(sources: Iterable[str], image_column: str = "", out: str = "") -> Found:
     """The images of folders (all levels), patterns, files and URLs, in the order of the sources, then of the names.
 
-    A folder without images gives its archives. A link to nothing is among the images: a row with an error, not a
-    file less. Raises DataError where one of the sources gives nothing: what is missing by accident, as a disk that
-    is not mounted, must not look like images that were removed.
+    A folder holds images or archives. A link to nothing is among the images: a row with an error, not a file less.
+    What lies in `out` is left out. Raises DataError where one of the sources gives nothing: what is missing by
+    accident, as a disk that is not mounted, must not look like images that were removed.
     """
-    found = Found()
-    archives: list[str] = []
+    found, listing = Found(), hashlib.sha256()
+    places: dict[str, None] = {}
     for source in sources:
-        places = _remote(source) if is_url(source) else _local(source, found.skipped)
-        if not places:
+        marks = _remote(source) if is_url(source) else _local(source, found.skipped)
+        marks = {place: mark for place, mark in marks.items() if not _lies_in(place, out)}
+        if not marks:
             raise DataError(
                 f"{source}: no images there (files ending in {', '.join(SUFFIXES)}, or in {', '.join(ARCHIVES)})"
             )
-        for place in places:
-            (archives if place.lower().endswith(ARCHIVES) else found.files).append(place)
-    found.files = list(dict.fromkeys(found.files))
-    found.archives = [_archive(place, image_column) for place in dict.fromkeys(archives)]
+        for place, mark in marks.items():
+            places[place] = None
+            listing.update(f"{display(place)}|{mark}\n".encode())
+    found.files = [place for place in places if not is_archive(place)]
+    found.archives = [open_archive(place, image_column) for place in places if is_archive(place)]
+    found.listing = listing.hexdigest()
+    strange = [place for place in found.files if display(place) != place]
+    if strange and (equal := {display(place) for place in strange} & set(found.files)):
+        raise DataError(f"{equal.pop()}: two files would have this id; rename one")
     return found
 
 
@@ -86,48 +74,96 @@ def file_item(place: str) -> Item:
     return Item(display(place), partial(_read, place))
 
 
-def display(place: str) -> str:
-    """A path as text; bytes of it that are no UTF-8 as \\xff."""
-    return os.fsencode(place).decode(errors="backslashreplace")
-
-
-def _local(source: str, skipped: list[str]) -> list[str]:
+def _local(source: str, skipped: list[str]) -> dict[str, str]:
+    """Each place with a mark that changes when the file does."""
     path = Path(source)
     if path.is_dir():
-        files = sorted(map(str, all_files(path)))
-        images = [file for file in files if is_image(Path(file))]
-        if images and (others := other_files(path)):
+        chosen = _one_kind(source, sorted(map(str, all_files(path))))
+        if chosen and is_image(Path(chosen[0])) and (others := other_files(path)):
             skipped.append(others)
-        return images or [file for file in files if file.lower().endswith(ARCHIVES)]
-    if path.is_file():
-        return [str(path)]
-    matching = (Path(name) for name in glob.glob(source, recursive=True))
-    matches = sorted(str(match) for match in matching if match.is_file())
-    if not matches:
-        raise DataError(f"{source}: no such file or folder")
-    return matches
+    elif path.is_file():
+        chosen = [str(path)]
+    else:
+        root = _root(source)
+        chosen = sorted(
+            str(Path(name))
+            for name in glob.glob(source, recursive=True)
+            if Path(name).is_file() and not _is_hidden(name, root)
+        )
+        if not chosen:
+            raise DataError(f"{source}: no such file or folder")
+    return {place: _mark(place) for place in chosen}
 
 
-def _remote(source: str) -> list[str]:
+def _mark(place: str) -> str:
+    try:
+        facts = os.stat(place)
+    except OSError:  # a link to nothing
+        return ""
+    return f"{facts.st_size}|{facts.st_mtime_ns}"
+
+
+def _remote(source: str) -> dict[str, str]:
     files, path = file_system(source)
-    root = re.split(r"[^/]*[*?[]", path)[0].rstrip("/")  # what is named itself may be hidden
+    root = _root(path)
     try:
         if root != path.rstrip("/"):
-            names = files.glob(path)
+            names = files.glob(path, detail=True)
         elif files.isdir(path):
-            names = files.find(path)
+            names = files.find(path, detail=True)
         else:
-            return [source] if files.exists(path) else []
+            return {source: _facts(files.info(path))} if files.exists(path) else {}
     except Exception as error:  # a store's client raises whatever its transport does
         raise DataError(f"{source}: can't be listed ({error})") from None
-    seen = [name for name in sorted(names) if not any(map(is_hidden, name.removeprefix(root).split("/")))]
-    images = [name for name in seen if is_image(Path(name))]
-    chosen = images or [name for name in seen if name.lower().endswith(ARCHIVES)]
-    return [str(files.unstrip_protocol(name)) for name in chosen]
+    chosen = _one_kind(source, [name for name in sorted(names) if not _is_hidden(name, root)])
+    return {str(files.unstrip_protocol(name)): _facts(names[name]) for name in chosen}
+
+
+def _facts(info: dict[str, Any]) -> str:
+    return "|".join(
+        str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")
+    )
+
+
+def _one_kind(source: str, files: list[str]) -> list[str]:
+    """The images, or the archives where there are no images. Raises DataError where both are there."""
+    images = [file for file in files if is_image(Path(file))]
+    archives = [file for file in files if is_archive(file)]
+    if images and archives:
+        raise DataError(
+            f"{source}: holds images, such as {images[0]}, and archives, such as {archives[0]}; name the two by "
+            "themselves, as by patterns, or put one of them elsewhere"
+        )
+    return images or archives
+
+
+def _root(pattern: str) -> str:
+    """The folder of a pattern in which hidden names count: what is named itself may be hidden."""
+    return re.split(r"[^/]*[*?[]", pattern)[0].rstrip("/")
+
+
+def _is_hidden(name: str, root: str) -> bool:
+    return any(map(is_hidden, name.removeprefix(root).split("/")))
+
+
+def _lies_in(place: str, out: str) -> bool:
+    """Whether a file is of the output, or of the folder where it is put together."""
+    if not out or is_url(place) or is_url(out):
+        return bool(out) and place.startswith(out.rstrip("/") + "/")
+    path, own = os.path.abspath(place), os.path.abspath(out)
+    return path == own or path.startswith((f"{own}/", f"{own}.parts/"))
 
 
 def _read(place: str) -> bytes:
+    """Raises OSError, ImageError."""
     if not is_url(place):
+        facts = os.stat(place)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(f"{place} is no regular file")
+        if facts.st_size > LARGEST:
+            raise ImageError(
+                413, "Image too large", f"{facts.st_size:,} bytes, at most {LARGEST:,} are taken"
+            )
         return Path(place).read_bytes()
     files, path = file_system(place)
     try:
@@ -137,75 +173,3 @@ def _read(place: str) -> bytes:
     except Exception as error:  # as above
         raise OSError(f"can't be read ({error})") from None
     return content
-
-
-def _open(place: str) -> IO[bytes]:
-    if not is_url(place):
-        return Path(place).open("rb")
-    files, path = file_system(place)
-    opened: IO[bytes] = files.open(path, "rb")
-    return opened
-
-
-def _archive(place: str, image_column: str) -> Archive:
-    if place.lower().endswith(TARS):
-        return Archive(place, None, partial(_tar_items, place))
-    from prg.images.parquet import image_column as choose  # pyarrow is an extra
-
-    pq, pa = _parquet()
-    try:
-        with _open(place) as file:
-            table = pq.ParquetFile(file)
-            column = choose(table.schema_arrow, image_column, place)
-            count = table.metadata.num_rows
-    except pa.ArrowException as error:
-        raise DataError(f"{place}: not readable as parquet ({error})") from None
-    return Archive(place, count, partial(_parquet_items, place, column))
-
-
-def _parquet() -> tuple[Any, Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return pq, pa
-
-
-def _parquet_items(place: str, column: str) -> Iterator[Item]:
-    from prg.images.parquet import cell_bytes
-
-    pq, pa = _parquet()
-    folder = None if is_url(place) else Path(place).parent
-    row = 0
-    with _open(place) as file:
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(64, columns=[column]):
-                for cell in batch.column(0).to_pylist():
-                    name = f"{display(place)}#{row}"
-                    yield Item(name, partial(cell_bytes, cell, folder, f"{name}, column {column!r}"))
-                    row += 1
-        except pa.ArrowException as error:
-            raise DataError(f"{place}: broken after {row} images ({error})") from None
-
-
-def _tar_items(place: str) -> Iterator[Item]:
-    """Members whose names end like an image's; the others are their labels, texts and so on."""
-    count = 0
-    seen: set[str] = set()
-    with _open(place) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # else it remembers every one
-                    path = Path(member.name)
-                    if not member.isfile() or not is_image(path) or any(map(is_hidden, path.parts)):
-                        continue
-                    if member.name in seen:
-                        raise DataError(f"{place}: {member.name} is in it twice; a name of its own is needed")
-                    seen.add(member.name)
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    data = content.read()
-                    yield Item(f"{display(place)}#{member.name}", lambda data=data: data)  # type: ignore[misc]
-                    count += 1
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{place}: broken after {count} images ({error})") from None

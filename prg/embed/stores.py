@@ -1,7 +1,7 @@
 """Where partitions are: a folder here, or one behind a URL that fsspec reads (s3://, gs://, …)."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +70,8 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self._files, self._path = file_system(url)
+        with suppress(OSError):  # where there are folders at all
+            self._files.makedirs(self._path, exist_ok=True)
 
     def names(self) -> set[str]:
         """Of all that is there, but for what is hidden."""
@@ -92,7 +94,8 @@ class Remote:
 
     def remove(self, name: str) -> None:
         """Remove one, if it is there."""
-        self._files.rm_file(f"{self._path}/{name}")
+        with suppress(FileNotFoundError):
+            self._files.rm_file(f"{self._path}/{name}")
 
     @contextmanager
     def alone(self, shard: str) -> Iterator[None]:

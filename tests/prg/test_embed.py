@@ -1,5 +1,6 @@
 """`prg embed`: what is computed, what is kept, and what is written."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -231,16 +233,33 @@ def test_shards_together_are_the_whole(
     pictures: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partitions, "ROWS", 8)
-    write_tar(pictures / "more.tar", {"40.png": 40, "41.png": 41})
+    write_tar(tmp_path / "more.tar", {"40.png": 40, "41.png": 41})
     out = tmp_path / "vectors"
-    sources = (pictures, pictures / "more.tar")
+    sources = (pictures, tmp_path / "more.tar")
     done = [run(out, *sources, number=i, count=3) for i in (2, 0, 1)]
     assert [d.complete for d, _ in done] == [False, False, True]
     assert sum(computed for _, computed in done) == 32
-    rows = rows_of(out)
-    assert len(rows) == 33
+    assert len(rows_of(out)) == 33
+    assert run(out, *sources, number=1, count=3)[0].complete  # a retry alone
     assert run(out, *sources)[1] == 0
-    assert not list(out.glob("_done*"))
+
+    # Replaced between two shards: the first is of what was there before.
+    run(out, *sources, number=0, count=2)
+    (pictures / "folder-0" / "02.png").write_bytes(png((9 * 8, 0, 0)))
+    assert not run(out, *sources, number=1, count=2)[0].complete
+    assert run(out, *sources, number=0, count=2)[0].complete
+    assert rows_of(out)[str(pictures / "folder-0" / "02.png")] == pytest.approx([9 * 8 / 255, 0, 0, 0.8])
+
+
+def test_shards_that_begin_together_don_t_disturb_each_other(
+    pictures: Path, tmp_path: Path, entry: Path
+) -> None:
+    jobs = [Job([str(pictures)], str(tmp_path / "v"), number=i, count=8) for i in range(8)]
+    embedders = [Local(entry) for _ in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(embed, jobs, embedders))
+    assert any(one.complete for one in done)
+    assert len(rows_of(tmp_path / "v")) == 31
 
 
 def write_tar(path: Path, members: dict[str, int | bytes]) -> None:
@@ -278,27 +297,123 @@ def test_tars_and_parquet_hold_images(tmp_path: Path, run: Run) -> None:
     assert len(rows_of(out)) == 4
 
 
-def test_a_broken_archive_is_named_and_what_is_there_stays(tmp_path: Path, run: Run) -> None:
-    tar, out = tmp_path / "a.tar", tmp_path / "vectors"
-    write_tar(tar, {f"{i:02}.png": i for i in range(20)})
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("cut", ["at a member's end", "in a header", "in data", "a header damaged"])
+def test_a_broken_tar_is_named_and_what_is_there_stays(
+    suffix: str, cut: str, tmp_path: Path, run: Run
+) -> None:
+    tar, out = tmp_path / f"a{suffix}", tmp_path / "vectors"
+    plain = tmp_path / "plain"
+    write_tar(plain, {f"{i:02}.png": i for i in range(20)})
+    whole = plain.read_bytes()
+    packed = gzip.compress(whole) if suffix == ".tar.gz" else whole
+    tar.write_bytes(packed)
     run(out, tar)
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[:9000])
-    with pytest.raises(DataError, match=r"a\.tar"):
+    end = 1024 * 6  # of a member: a header and an image of less than 512 bytes are 1,024
+    if cut == "a header damaged":
+        broken = whole[:end] + b"x" * 512 + whole[end + 512 :]
+        tar.write_bytes(gzip.compress(broken) if suffix == ".tar.gz" else broken)
+    else:
+        length = {"at a member's end": end, "in a header": end + 100, "in data": end + 600}[cut]
+        tar.write_bytes(packed[: length if suffix == ".tar" else len(packed) // 2])
+    with pytest.raises(DataError, match="a.tar"):
         run(out, tar)
     assert not (out / "_SUCCESS").exists()
-    tar.write_bytes(whole)
+    tar.write_bytes(packed)
     assert run(out, tar)[1] == 0
     assert len(rows_of(out)) == 20
 
 
-def test_a_damaged_partition_is_made_again(pictures: Path, tmp_path: Path, run: Run) -> None:
+def test_links_in_a_tar_and_strange_names_are_rows(tmp_path: Path, run: Run) -> None:
+    tar = tmp_path / "a.tar"
+    write_tar(tar, {"\udcff.png": 1, "../up.png": 2})
+    with tarfile.open(tar, "a") as more:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "../up.png"
+        more.addfile(link)
+    for name in OUTS:
+        run(tmp_path / name, tar)
+        rows = rows_of(tmp_path / name)
+        assert {k.partition("#")[2]: v is None for k, v in rows.items()} == {
+            "\\xff.png": False,
+            "../up.png": False,
+            "link.png": True,
+        }
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_an_archive_without_images_removes_nothing(name: str, tmp_path: Path, run: Run) -> None:
+    write = {"a.tar": lambda reds: write_tar(tmp_path / name, {f"{r}.png": r for r in reds})}
+    write["a.parquet"] = lambda reds: write_parquet(tmp_path / name, reds)
+    write[name]([1, 2])
+    run(tmp_path / "vectors", tmp_path / name)
+    write[name]([])
+    with pytest.raises(DataError, match=name):
+        run(tmp_path / "vectors", tmp_path / name)
+    write[name]([1, 2])
+    assert run(tmp_path / "vectors", tmp_path / name)[1] == 0
+
+
+def test_a_folder_of_images_and_archives_is_a_question(pictures: Path, tmp_path: Path, run: Run) -> None:
+    write_tar(pictures / "a.tar", {"1.png": 1})
+    with pytest.raises(DataError, match=r"a\.tar"):
+        run(tmp_path / "vectors", pictures)
+    run(tmp_path / "vectors", f"{pictures}/**/*.png", pictures / "a.tar")
+
+
+def test_the_output_may_lie_in_the_source(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "s").mkdir()
+    write_tar(tmp_path / "s" / "a.tar", {"1.png": 1})
+    for out in ("vectors", "v.parquet"):
+        run(tmp_path / "s" / out, tmp_path / "s" / "a.tar")
+        assert run(tmp_path / "s" / out, tmp_path / "s" / "a.tar")[1] == 0
+    (tmp_path / "s" / "v.parquet").unlink()
+    run(tmp_path / "s" / "vectors", tmp_path / "s" / "a.tar", tmp_path / "s")
+
+
+def test_strange_files_are_rows_and_stop_nothing(tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.png")
+    with (folder / "huge.png").open("wb") as sparse:
+        sparse.truncate(40 << 30)
+    (folder / "a\u2028\nb.png").write_bytes(png())
+    for name in OUTS:
+        done, _ = run(tmp_path / name, folder)
+        assert (done.summary.images, done.summary.failed) == (3, 2)
+        assert run(tmp_path / name, folder)[1] == 0
+
+
+def test_two_files_of_one_id_are_refused(tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"\xff.png", rb"\xff.png"):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(png())
+    with pytest.raises(DataError, match="xff"):
+        run(tmp_path / "v", folder)
+
+
+def test_what_lies_beside_a_npy_is_not_replaced(pictures: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "v.jsonl").write_text("somebody's captions")
+    with pytest.raises(DataError, match=r"v\.jsonl"):
+        run(tmp_path / "v.npy", pictures)
+    assert (tmp_path / "v.jsonl").read_text() == "somebody's captions"
+
+
+@pytest.mark.parametrize("left", [100, 0])
+def test_a_damaged_partition_is_made_again(
+    left: int, pictures: Path, tmp_path: Path, entry: Path, run: Run
+) -> None:
     out = tmp_path / "vectors"
     run(out, pictures)
-    [part] = out.glob("part-*")
-    part.write_bytes(part.read_bytes()[:100])
+    stopped(signal.SIGKILL, str(pictures), "--entry", str(entry), "--out", str(tmp_path / "v.npy"))
+    parts = [*out.glob("part-*"), *(tmp_path / "v.npy.parts").glob("part-*")]
+    for part in parts:
+        part.write_bytes(part.read_bytes()[:left])
+    assert len(parts) >= 2
     assert run(out, pictures)[1] == 30
-    assert len(rows_of(out)) == 31
+    assert run(tmp_path / "v.npy", pictures)[1] == 30
+    assert len(rows_of(out)) == len(rows_of(tmp_path / "v.npy")) == 31
 
 
 @pytest.mark.parametrize("name", OUTS)
@@ -307,7 +422,7 @@ def test_vectors_of_two_kinds_are_not_mixed(name: str, pictures: Path, tmp_path:
     run(out, pictures)
     before = rows_of(out)
     for other in ({"options": {"t_end": 0.5}}, {"options": {"feature": "hidden"}}, {"dtype": "float16"}):
-        with pytest.raises(DataError, match="--out"):
+        with pytest.raises(DataError, match="another output"):
             run(out, pictures, **other)
     with pytest.raises(DataError, match="pictures"):  # else all but folder-0 would vanish
         run(out, pictures / "folder-0")
@@ -459,8 +574,8 @@ def test_errors_are_explained(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.png").write_bytes(png())
     names = {"ENTRY": str(entry), "EMPTY": str(tmp_path / "empty"), "FULL": str(tmp_path / "full")}
-    if "FULL" in command:
-        names["EMPTY"] = names["FULL"]
+    if "FULL" in command:  # of somebody else's files
+        (tmp_path / "empty" / "a.png").write_bytes(png())
     assert main(["embed", *(names.get(word, word) for word in command)]) == 1
     error = capsys.readouterr().err
     assert named in error
