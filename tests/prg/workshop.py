@@ -26,14 +26,8 @@ CHECKPOINT = "checkpoint.safetensors"
 CLASSES = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 SETTINGS = (
     *("network=tiny16", "image.size=16", "image.resize=16", "data.validation=0.3", "pretrain.precision=fp32"),
-    *(
-        "finetune.precision=fp32",
-        "pretrain.batch=8",
-        "finetune.batch=8",
-        "pretrain.epochs=2",
-        "finetune.epochs=6",
-    ),
-    *("finetune.lr=0.01", "encoder.steps=2", "pretrain.optimiser=muon"),
+    *("finetune.precision=fp32", "pretrain.batch=8", "finetune.batch=8", "pretrain.epochs=2"),
+    *("finetune.epochs=6", "finetune.lr=0.01", "encoder.steps=2", "pretrain.optimiser=muon"),
 )
 
 
@@ -48,9 +42,8 @@ def image_folder(
             place.mkdir(parents=True)
             for i in range(each):
                 noise = rng.integers(-40, 40, (18, 20, 3))
-                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
-                    place / f"{i}.png"
-                )
+                pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{i}.png")
     return folder
 
 
