@@ -18,7 +18,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on photos without a test split, and its entry."""
+    """A run on photos without a test split, too few for an embedding, and its entry."""
     folder = tmp_path_factory.mktemp("home")
     run = trained_run(folder / "run", image_folder(folder / "photos", each=30, splits=("train",)))
     exported(run, folder / "entry")
