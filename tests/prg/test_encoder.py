@@ -91,15 +91,10 @@ def test_hidden_is_one_further_evaluation_at_the_end_point() -> None:
         for hook in hooks:
             hook.remove()
         _, hidden = encoder(images(), LEVELS)
-    expected = torch.cat(
-        [
-            pooled
-            for h in (seen[name].flatten(2) for name in layers)
-            for pooled in (h.mean(2), (h.var(2, unbiased=False) + 1e-6).sqrt())
-        ],
-        dim=1,
-    )
-    torch.testing.assert_close(hidden, expected)
+    expected = []
+    for h in (seen[name].flatten(2) for name in layers):
+        expected += [h.mean(2), (h.var(2, unbiased=False) + 1e-6).sqrt()]
+    torch.testing.assert_close(hidden, torch.cat(expected, dim=1))
     assert hidden.shape[1] == encoder.hidden_dim
 
 
@@ -116,10 +111,12 @@ def test_no_block_past_the_deepest_named_one_runs() -> None:
 
 
 def test_unknown_or_unordered_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown layers .*middle.* this network has input_blocks.0"):
-        Encoder(random_net(), EncoderConfig(layers=("middle",)))
-    with pytest.raises(ValueError, match="in running order"):
-        Encoder(random_net(), EncoderConfig(layers=("middle_block", "input_blocks.0")))
+    for layers, named in (
+        (("middle",), "'middle'.*input_blocks.0"),
+        (("middle_block", "input_blocks.0"), "layers"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Encoder(random_net(), EncoderConfig(layers=layers))
 
 
 def test_nfe_counts_every_evaluation() -> None:

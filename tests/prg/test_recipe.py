@@ -36,7 +36,7 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("seed = 'one'", "seed"),
         ("network = 'huge'", "network = 'huge'"),
         ("[image]\nsize = 32\nresize = 32", "image.size = 32"),
-        ("[image]\nresize = 8", "resize = 8 is below size = 16"),
+        ("[image]\nresize = 8", "resize = 8"),
         ("[pretrain]\nlr = -1", "lr = -1"),
         ("[finetune]\nt_end = [1.0]", "t_end"),
         ("[finetune]\nt_end = []", "t_end"),
@@ -48,12 +48,12 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("[encoder]\nsolver = 'rk5'", "rk5"),
         ("[encoder]\nsteps = 0", "steps"),
         ("[encoder]\nlayers = []", "layers"),
-        ("[encoder]\nlayers = ['top']", "unknown layers ['top']: this network has input_blocks.0"),
+        ("[encoder]\nlayers = ['top']", "['top']"),
         ("[pretrain]\nepochs = true", "pretrain.epochs"),
         ("[pretrain]\nepochs = inf", "epochs = inf"),
         ("[pretrain]\nbetas = [1.5, 0.9]", "pretrain.betas.0 = 1.5"),
         ("[pretrain]\nweight_decay = -1", "weight_decay = -1"),
-        ("[pretrain]\nlr_min = 2.0", "lr_min = 2.0: a number from 0 to lr = 0.001 is needed"),
+        ("[pretrain]\nlr_min = 2.0", "lr_min = 2.0"),
         ("[finetune]\nlabel_smoothing = 2", "label_smoothing = 2"),
         ("[serve]\nt_end = 2", "t_end = 2"),
         ("[data]\nvalidation = nan", "data.validation = nan"),
@@ -67,56 +67,52 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name: str) -> None:
         ("[network]\nimage_size = 16\nchannels = 16\nmultipliers = [1]\npatch = 0", "patch = 0"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, line: str, named: str) -> None:
+def test_what_is_wrong_is_named(line: str, named: str) -> None:
     table = tomllib.loads(MINIMAL)
     for key, value in tomllib.loads(line).items():
-        table[key] = (
-            {**table.get(key, {}), **value} if isinstance(value, dict) and key != "network" else value
-        )
+        # Sections are added to; a network is another one.
+        old = table.get(key) if key != "network" else None
+        table[key] = old | value if isinstance(old, dict) else value
     with pytest.raises(RecipeError) as error:
         parse_recipe(table, "mine.toml")
-    assert "mine.toml" in str(error.value)
+    assert str(error.value).startswith("mine.toml: ")
     assert named in str(error.value)
 
 
-def test_an_unknown_key_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(MINIMAL + "weight_decai = 1\n")
-    with pytest.raises(RecipeError, match=r"finetune\.weight_decai.*known keys: .*weight_decay"):
-        load_recipe(str(path))
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    (tmp_path / "mine.toml").write_text(MINIMAL)
+    return tmp_path / "mine.toml"
 
 
-def test_overrides(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(MINIMAL)
-    recipe = load_recipe(str(path), ["seed=7", "finetune.t_end=[0.5, 0.6]", "data.source=some/dataset"])
+def test_an_unknown_key_is_answered_with_the_known_ones(mine: Path) -> None:
+    mine.write_text(MINIMAL + "weight_decai = 1\n")
+    with pytest.raises(RecipeError, match=r"finetune\.weight_decai.* weight_decay\b"):
+        load_recipe(str(mine))
+
+
+def test_overrides(mine: Path) -> None:
+    recipe = load_recipe(str(mine), ["seed=7", "finetune.t_end=[0.5, 0.6]", "data.source=some/dataset"])
     assert (recipe.seed, recipe.finetune.t_end, recipe.data.source) == (7, (0.5, 0.6), "some/dataset")
     for bad in ("seed", "seed.x=1", "nothing=1", "seed=2024-01-01"):
-        with pytest.raises(RecipeError):
-            load_recipe(str(path), [bad])
+        with pytest.raises(RecipeError, match=bad[:4]):
+            load_recipe(str(mine), [bad])
 
 
-@pytest.mark.parametrize("name", ["none", "none.toml"])
-def test_a_recipe_that_is_not_there(name: str) -> None:
-    with pytest.raises(RecipeError, match="none"):
-        load_recipe(name)
-
-
-def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text("= 3")
-    with pytest.raises(RecipeError, match="not valid toml"):
-        load_recipe(str(path))
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, mine: Path) -> None:
+    mine.write_text("= 3")
+    for name in ("none", "none.toml", str(mine)):
+        with pytest.raises(RecipeError, match=name):
+            load_recipe(name)
     (tmp_path / "recipe.json").write_text("[]")
-    with pytest.raises(RecipeError, match="a recipe is a table of keys"):
+    with pytest.raises(RecipeError, match="recipe.json"):
         open_run(tmp_path, None)
 
 
-def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text(MINIMAL)
+def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path, mine: Path) -> None:
     path = tmp_path / "other.toml"
     path.write_text('about = "other"\nextends = "mine.toml"\n[finetune]\nbatch = 7\n')
-    recipe, base = load_recipe(str(path)), load_recipe(str(tmp_path / "mine.toml"))
+    recipe, base = load_recipe(str(path)), load_recipe(str(mine))
     assert (recipe.about, recipe.finetune.batch, recipe.finetune.epochs) == ("other", 7, 1)
     assert (recipe.network, recipe.image, recipe.pretrain) == (base.network, base.image, base.pretrain)
     path.write_text(f'about = "other"\nextends = "{path}"\n')

@@ -10,24 +10,17 @@ import torch
 from google.protobuf import text_format
 from torch import Tensor, nn
 from tritonclient.grpc.model_config_pb2 import ModelConfig
-from workshop import image_folder, trained_run
+from workshop import answer, evaluated, exported, image_folder, refusal
 
 from entry.config import EntryError, OldFormatError, read_entry
 from entry.files import sha256
 from entry.runner import Runner
-from prg.cli import main
+from prg.errors import DataError
+from prg.evaluation import evaluate, record
 from prg.extractor import Normalise
+from prg.recipe import Data
+from prg.reexport import reexport
 from prg.trained import load_trained
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("data") / "photos", each=40)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
-    return trained_run(tmp_path_factory.mktemp("run") / "run", photos)
 
 
 def outputs(entry: Path, *names: str) -> list[np.ndarray]:
@@ -37,18 +30,19 @@ def outputs(entry: Path, *names: str) -> list[np.ndarray]:
     return [found[name] for name in names]
 
 
+def refitted(old: Path, new: Path, photos: Path) -> Path:
+    reexport(old, new, Data(source=str(photos)), None, compact=False)
+    return new
+
+
 def test_an_entry_of_an_entry_has_its_logits_and_another_embedding(
     run: Path, photos: Path, tmp_path: Path
 ) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    assert main(["export", str(run), str(old)]) == 0
-    assert main(["evaluate", str(old), "--data", str(photos), "--write"]) == 0
-    others = image_folder(tmp_path / "others", each=60, seed=9)
-    assert main(["export", str(old), str(new), "--data", str(others)]) == 0
-    before, after = (
-        outputs(old, "LOGITS", "HIDDEN", "EMBEDDING"),
-        outputs(new, "LOGITS", "HIDDEN", "EMBEDDING"),
-    )
+    old = exported(run, tmp_path / "old")
+    record(old, evaluate(old, evaluated(run)[1], "photos"))
+    new = tmp_path / "new"
+    answer("export", old, new, "--data", image_folder(tmp_path / "others", each=60, seed=9))
+    before, after = (outputs(entry, "LOGITS", "HIDDEN", "EMBEDDING") for entry in (old, new))
     for a, b in zip(before[:2], after[:2], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert not np.allclose(before[2][:, :5], after[2][:, :5], rtol=0.01)
@@ -61,22 +55,16 @@ def test_an_entry_of_an_entry_has_its_logits_and_another_embedding(
     assert second.training["fitted_on"]["images"] < 180
 
 
-def test_images_it_needs_and_what_they_must_be(
-    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    assert main(["export", str(run), str(old)]) == 0
+def test_images_it_needs_what_they_must_be_and_its_precision(run: Path, photos: Path, tmp_path: Path) -> None:
+    old, new = exported(run, tmp_path / "old", precision="fp16"), tmp_path / "new"
+    assert "--data" in refusal("export", old, new)
     few = image_folder(tmp_path / "few", each=3, splits=("train",))
-    plain = photos / "train" / "red"
-    for data, named in (
-        ([], "--data"),
-        (["--data", str(few)], "at least 10"),
-        (["--data", str(plain)], "no labels"),
-    ):
-        capsys.readouterr()
-        assert main(["export", str(old), str(new), *data]) == 1
-        assert named in capsys.readouterr().err.splitlines()[-1]
-        assert not new.exists()
+    shutil.copytree(photos / "train", tmp_path / "two" / "train", ignore=shutil.ignore_patterns("blue"))
+    for data, named in ((few, r"\b10\b"), (photos / "train" / "red", "red: "), (tmp_path / "two", "blue")):
+        with pytest.raises(DataError, match=named):
+            refitted(old, new, data)
+    assert not new.exists()
+    assert read_entry(refitted(old, new, photos)).prg.precision == "fp16"
 
 
 class OldClassifier(nn.Module):
@@ -101,7 +89,7 @@ class OldExtractor(nn.Module):
 
 def old_entry(run: Path, directory: Path) -> Path:
     """The run's model as an entry of format 1."""
-    assert main(["export", str(run), str(directory)]) == 0
+    exported(run, directory)
     extractor, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
     classifier = OldClassifier(extractor.encoder, extractor.head)  # type: ignore[arg-type]
     old = OldExtractor(classifier, extractor.normalise, extractor.encoder.widths["middle_block.mean"])
@@ -123,48 +111,28 @@ def old_entry(run: Path, directory: Path) -> Path:
 
 
 def test_an_entry_of_format_1_is_refused_and_made_anew(run: Path, photos: Path, tmp_path: Path) -> None:
-    old, new = old_entry(run, tmp_path / "old"), tmp_path / "new"
-    with pytest.raises(OldFormatError, match="prg export OLD NEW --data"):
+    old = old_entry(run, tmp_path / "old")
+    with pytest.raises(OldFormatError, match="prg export .*--data"):
         read_entry(old)
     module = torch.jit.load(str(old / "1" / "model.pt"))
-    assert main(["export", str(old), str(new), "--data", str(photos)]) == 0
+    new, direct = refitted(old, tmp_path / "new", photos), exported(run, tmp_path / "direct")
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), np.uint8)
     with torch.inference_mode():
         logits = module(torch.from_numpy(images), torch.full((4, 1), 0.8))[2].numpy()
     np.testing.assert_allclose(outputs(new, "LOGITS")[0], logits, rtol=1e-5, atol=1e-6)
-    made, direct = tmp_path / "new", tmp_path / "direct"
-    assert main(["export", str(run), str(direct)]) == 0
-    np.testing.assert_allclose(*(outputs(e, "HIDDEN")[0] for e in (made, direct)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(*(outputs(e, "HIDDEN")[0] for e in (new, direct)), rtol=1e-5, atol=1e-6)
     assert read_entry(new).prg.features == read_entry(direct).prg.features
 
 
 def test_gone_versions_are_dropped_and_old_ones_pruned(run: Path, tmp_path: Path) -> None:
     entry = tmp_path / "mine"
     for _ in range(3):
-        assert main(["export", str(run), str(entry)]) == 0
-    (entry / "2" / "model.pt").unlink()
-    (entry / "2").rmdir()
-    with pytest.raises(EntryError, match="missing"):
+        exported(run, entry)
+    shutil.rmtree(entry / "2")
+    with pytest.raises(EntryError, match="2/model.pt"):
         Runner(entry, "2")
-    assert main(["export", str(run), str(entry)]) == 0
-    assert sorted(read_entry(entry).prg.versions) == ["1", "3", "4"]
+    assert sorted(read_entry(exported(run, entry)).prg.versions) == ["1", "3", "4"]
     (entry / "4" / "model.pt").rename(tmp_path / "model.pt")
-    assert main(["export", str(run), str(entry), "--prune", "2"]) == 0
-    assert (
-        sorted(read_entry(entry).prg.versions)
-        == ["3", "5"]
-        == sorted(p.parent.name for p in entry.glob("*/*.pt"))
-    )
-
-
-def test_an_entry_of_another_precision_or_without_images_of_a_class(
-    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    half, new = tmp_path / "half", tmp_path / "new"
-    assert main(["export", str(run), str(half), "--precision", "fp16"]) == 0
-    assert main(["export", str(half), str(new), "--data", str(photos)]) == 0
-    assert read_entry(new).prg.precision == "fp16"
-    (rest := tmp_path / "photos").mkdir()
-    shutil.copytree(photos / "train", rest / "train", ignore=shutil.ignore_patterns("blue"))
-    assert main(["export", str(half), str(tmp_path / "other"), "--data", str(rest)]) == 1
-    assert "blue" in capsys.readouterr().err.splitlines()[-1]
+    answer("export", run, entry, "--prune", "2")
+    there = sorted(p.parent.name for p in entry.glob("*/*.pt"))
+    assert sorted(read_entry(entry).prg.versions) == ["3", "5"] == there
