@@ -46,7 +46,11 @@ help: ## show the verbs
 
 setup: .venv/.setup ## make .venv with everything in it
 
-serve: .venv/.serve ## run the service with the shipped model on http://127.0.0.1:8000
+# Of the shipped models this one answers; another choice of models names its own.
+ifeq ($(PRG_MODELS)$(PRG_MODEL_REPOSITORY),)
+serve: export PRG_DEFAULT_MODEL ?= prg-everyday
+endif
+serve: .venv/.serve ## run the service with the shipped models on http://127.0.0.1:8000
 	$(RUN)prg-serve
 
 test: .venv/.setup ## run the tests

@@ -1,8 +1,8 @@
 """Image search: an index of the vectors that `prg embed` wrote, and the pictures nearest to a picture.
 
-prg embed photos/ --entry model_repository/prg-cifar10 --out vectors/
+prg embed photos/ --entry model_repository/prg-everyday --out vectors/
 python examples/search.py index vectors/ photos.usearch
-python examples/search.py query photos.usearch photo.jpg --entry model_repository/prg-cifar10
+python examples/search.py query photos.usearch photo.jpg --entry model_repository/prg-everyday
 
 After new photos, the first two again: only what is new is embedded and added, and what was removed goes.
 """

@@ -27,7 +27,9 @@ FILES = ("photo.jpg", "cat.jpg", "dog.jpg", "cat.png")
 @pytest.fixture(scope="module")
 def service() -> Iterator[str]:
     """host:port of the service with the shipped model."""
-    settings = Settings(model_repository=ROOT / "model_repository", request_timeout_s=600)
+    settings = Settings(
+        model_repository=ROOT / "model_repository", default_model="prg-everyday", request_timeout_s=600
+    )
     with served(settings, patience_s=300) as address:
         yield address
 

@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
         description="Embed images into a folder of parquet partitions, one .parquet, or a .npy (with a .jsonl of ids "
         "beside it). The same command again computes only what is new, changed or failed before, and drops what was "
         "removed; a file that is no usable image is a row with an error.",
-        epilog="example: prg embed photos/ --entry model_repository/prg-cifar10 --out vectors/",
+        epilog="example: prg embed photos/ --entry model_repository/prg-everyday --out vectors/",
     )
     sub.add_argument(
         "sources",
