@@ -152,6 +152,9 @@ def test_an_example_that_fails_is_found(desk: Desk, tmp_path: Path, command: str
 
 def test_marks_say_why() -> None:
     assert {b.reason for b in BLOCKS if b.reason} <= {
-        *("needs Docker", "needs a GPU", "needs several GPUs", "needs nginx", "takes hours"),
+        *("needs Docker", "needs a GPU", "needs several GPUs", "needs nginx", "needs a cluster"),
+        *("takes hours", "four at once"),
         *("installs packages", "a sketch", "needs files that others trained", "run by a test of its own"),
+        "tests/test_hand_over.py runs it, where the package is installed",
+        "tests/test_hand_over.py runs it, where a server is installed",
     }

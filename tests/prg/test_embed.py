@@ -180,6 +180,7 @@ from prg.embed import partitions
 from prg.embed.local import Local
 from prg.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
 partitions.ROWS = 8
 real = Local.embed
 Local.batch = 4
