@@ -27,7 +27,7 @@ from tests.real_triton.server import find_server, free_ports
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-MODEL = ROOT / "model_repository" / "prg-cifar10"
+MODEL = ROOT / "model_repository" / "prg-everyday"
 
 
 def compose_file() -> dict[str, Any]:
