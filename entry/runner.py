@@ -70,21 +70,25 @@ class Runner:
             )
         if t_end.dtype != np.float32 or t_end.shape != images.shape[:1]:
             raise ValueError(f"t_end is {t_end.dtype} {t_end.shape}, must be float32 [{len(images)}]")
-        rows = self.most_rows or len(images)
-        try:
-            parts = [
-                self._run(images[i : i + rows], t_end[i : i + rows]) for i in range(0, len(images), rows)
-            ]
-        except torch.cuda.OutOfMemoryError:
-            if rows == 1:
-                raise
+        while True:
+            rows = self.most_rows or len(images)
+            try:
+                parts = [
+                    self._run(images[i : i + rows], t_end[i : i + rows]) for i in range(0, len(images), rows)
+                ]
+                break
+            except torch.cuda.OutOfMemoryError:
+                if rows == 1:
+                    raise
+            # Outside of the handler: the exception holds on to what the failed call allocated.
             self.most_rows = (rows + 1) // 2
             torch.cuda.empty_cache()
             logging.getLogger("prg").warning(
                 "%s: %d images at once don't fit into the memory of %s; from now on %d",
                 *(self.entry.name, rows, self.device, self.most_rows),
             )
-            return self.run(images, t_end)
+        if len(parts) == 1:
+            return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in self.entry.outputs()}
 
     def _run(self, images: np.ndarray, t_end: np.ndarray) -> dict[str, np.ndarray]:
