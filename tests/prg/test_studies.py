@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from workshop import image_folder, trained_run
 
 from entry.config import ImageSpec
 from prg.cli import main
@@ -25,16 +24,6 @@ from prg.training.run import open_run
 from prg.unet import UNet
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("data") / "photos", each=40)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
-    return trained_run(tmp_path_factory.mktemp("run") / "mine", photos)
 
 
 @pytest.fixture(scope="module")
