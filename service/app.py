@@ -10,9 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from itertools import filterfalse
-from types import FrameType
 
-import uvicorn
 from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 from starlette.middleware.cors import CORSMiddleware
@@ -20,13 +18,16 @@ from starlette.middleware.cors import CORSMiddleware
 from entry.errors import DeviceError
 from entry.files import is_hidden
 from service import errors, openapi
+from service.admission import Admission
 from service.auth import Keys, new_key
+from service.connections import Connections
 from service.engines.contract import Engine
 from service.engines.embedded import EmbeddedEngine
 from service.engines.triton import TritonEngine
 from service.gateway import Gateway
 from service.limits import BodyLimit, HeadAsGet
 from service.routes import classify, embed, models, openai, operations, pages
+from service.server import Server
 from service.settings import Settings, SettingsError, load_settings, unknown_variables
 from service.telemetry import Metrics, Telemetry, configure_logs, log
 
@@ -40,20 +41,23 @@ def create_app(settings: Settings) -> FastAPI:
     """The service with these settings. Raises SettingsError where it could never serve."""
     metrics = Metrics()
     keys = Keys(settings.api_keys_file)
+    admission = Admission(settings.queue_images, metrics)
+    connections = Connections(admission, keys, metrics, settings.max_connections, settings.cors_origins)
     check_repository(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        gateway = Gateway(settings, make_engine(settings, metrics), keys, metrics)
+        gateway = Gateway(settings, make_engine(settings, metrics), keys, admission, metrics)
         app.state.gateway = gateway
         await gateway.engine.start()
         async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(gateway.readiness.watch())
+            watches = [tasks.create_task(part.watch()) for part in (gateway.readiness, connections)]
             _on_hangup(tasks, gateway)
             log.info("serving", models=gateway.states())
             yield
             gateway.readiness.stopping = True
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
         await gateway.close()
 
     app = FastAPI(
@@ -66,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.keys = keys
+    app.state.connections = connections
     errors.install(app)
     for module in (embed, classify, openai, models, operations, pages):
         app.include_router(module.router)
@@ -214,35 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         log.warning("unknown setting", variable=variable, reason="it changes nothing", perhaps_meant=meant)
     models = ", ".join(settings.triton_url) if settings.engine == "triton" else settings.model_repository
     print(f"models from {models}; serving on {address} once they are loaded", file=sys.stderr)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        # Longer than the usual balancer's, or it would reuse a connection just closed.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(settings.request_timeout_s) + 5,
-    )
-    Server(config, app).run()
+    Server(app, settings).run()
     return 0
-
-
-class Server(uvicorn.Server):
-    """uvicorn that says it is not ready before it stops listening; a second signal does not wait."""
-
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
-        super().__init__(config)
-        self._state = app.state
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        gateway: Gateway | None = self._state.gateway if self.started else None
-        if gateway and gateway.settings.drain_s and not gateway.readiness.stopping:
-            gateway.readiness.stopping = True
-            threading.Timer(gateway.settings.drain_s, super().handle_exit, (sig, None)).start()
-        else:
-            super().handle_exit(sig, frame)
 
 
 def _settings_help() -> str:

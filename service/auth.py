@@ -57,14 +57,10 @@ class Keys:
         """The caller's key, None where the service is open. Raises Problem 401 or 403."""
         if self.path is None:
             return None
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(token.strip().encode()).hexdigest()
-        # All keys are compared, so that the time says nothing about which one was close.
-        found = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
-        if scheme.lower() != "bearer" or not found:
+        key = self.find(request.headers.get("authorization", ""))
+        if key is None:
             detail = "send a valid key as `Authorization: Bearer <key>`"
             raise Problem(KEY_NEEDED, detail, headers={"WWW-Authenticate": "Bearer"})
-        key = found[-1]
         if key.expires and datetime.now(UTC).date() >= key.expires:
             detail = f"the key {key.name!r} expired on {key.expires}; ask for a new one"
             raise Problem(KEY_NEEDED, detail, headers={"WWW-Authenticate": "Bearer"})
@@ -74,22 +70,50 @@ class Keys:
             raise Problem(SCOPE_MISSING, f"the key {key.name!r} lacks the scope {scope!r}")
         return key
 
+    def find(self, authorization: str) -> Key | None:
+        """The key in an Authorization header, expired or not; None for an unknown one, or where the service is open."""
+        scheme, _, token = authorization.partition(" ")
+        if not self._keys or scheme.lower() != "bearer":
+            return None
+        digest = hashlib.sha256(token.strip().encode()).hexdigest()
+        # All keys are compared, so that the time says nothing about which one was close.
+        found = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
+        return found[-1] if found else None
+
+    def spent(self, key: Key | None) -> Problem | None:
+        """The 429 that any image of this key would get now; None where one may be sent."""
+        if key is None or key.images_per_minute is None:
+            return None
+        wait_s = self._wait_s(key.name, key.images_per_minute, 1)
+        return _too_fast(key, wait_s) if wait_s else None
+
     def take(self, key: Key | None, images: int) -> None:
         """Take so many images off the key's rate (a bucket that holds one minute). Raises Problem 429."""
         if key is None or key.images_per_minute is None:
             return
-        rate = key.images_per_minute
-        allowed = f"the key {key.name!r} may send {rate} images a minute"
-        if images > rate:
-            raise Problem(TOO_MANY_IMAGES, f"{allowed}; send fewer at once")
+        if images > key.images_per_minute:
+            raise Problem(TOO_MANY_IMAGES, f"{_allowed(key)}; send fewer at once")
+        if wait_s := self._wait_s(key.name, key.images_per_minute, images):
+            raise _too_fast(key, wait_s)
+        left, since = self._buckets[key.name]
+        self._buckets[key.name] = (left - images, since)
+
+    def _wait_s(self, name: str, rate: int, images: int) -> int:
+        """Fill the key's bucket up to now. Returns the seconds until it holds so many images, 0 where it does."""
         now = time.monotonic()
-        left, since = self._buckets.get(key.name, (float(rate), now))
+        left, since = self._buckets.get(name, (float(rate), now))
         left = min(float(rate), left + (now - since) * rate / 60)
-        if left < images:
-            self._buckets[key.name] = (left, now)
-            wait = math.ceil((images - left) * 60 / rate)
-            raise Problem(RATE_LIMIT, f"{allowed}; come back in {wait} s", headers={"Retry-After": str(wait)})
-        self._buckets[key.name] = (left - images, now)
+        self._buckets[name] = (left, now)
+        return math.ceil((images - left) * 60 / rate) if left < images else 0
+
+
+def _too_fast(key: Key, wait_s: int) -> Problem:
+    headers = {"Retry-After": str(wait_s)}
+    return Problem(RATE_LIMIT, f"{_allowed(key)}; come back in {wait_s} s", headers=headers)
+
+
+def _allowed(key: Key) -> str:
+    return f"the key {key.name!r} may send {key.images_per_minute} images a minute"
 
 
 def read_keys(path: Path) -> list[Key]:

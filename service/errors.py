@@ -28,6 +28,7 @@ KEY_NEEDED = ProblemType("Key needed", 401, "the request has no key, or an unkno
 SCOPE_MISSING = ProblemType("Scope missing", 403, "the key lacks the scope that this route needs")
 NOT_FOUND = ProblemType("Not found", 404, "there is no such path, or no such model at /models/{name}")
 METHOD_NOT_ALLOWED = ProblemType("Method not allowed", 405, "the path does not take this method")
+REQUEST_TIMEOUT = ProblemType("Request timeout", 408, "the head of the request arrives too slowly")
 BODY_TOO_LARGE = ProblemType("Body too large", 413, "the body of the request is too large")
 CONTENT_TYPE_NOT_ACCEPTED = ProblemType("Content type not accepted", 415, "the Content-Type is not accepted")
 CONTENT_ENCODING_NOT_ACCEPTED = ProblemType(
@@ -49,6 +50,7 @@ NO_CLASSES = ProblemType("No classes", 422, "the model has no classifier; /embed
 NO_USABLE_IMAGE = ProblemType(
     "No usable image", 422, "no image (for .npy and /v1: not every image) can be used"
 )
+HEAD_TOO_LARGE = ProblemType("Head too large", 431, "the request's headers are too large")
 RATE_LIMIT = ProblemType("Rate limit", 429, "the key has used up its images a minute; see Retry-After")
 INTERNAL_ERROR = ProblemType(
     "Internal error", 500, "this is a bug of the service; its log has the trace under this X-Request-ID"

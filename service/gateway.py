@@ -1,5 +1,6 @@
 """What every route works with, and the one way from a request to results."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,7 @@ from fastapi import Request
 from entry.config import Entry
 from entry.images import ImageError
 from entry.vectors import unit_length
-from service.admission import Admission
+from service.admission import Admission, Flow
 from service.auth import Key, Keys
 from service.decoding import Decoder
 from service.engines.contract import DeadlineExceeded, Engine, EngineOverloaded, EngineUnavailable, Job
@@ -62,13 +63,15 @@ class Results:
 class Gateway:
     """The parts of a running service."""
 
-    def __init__(self, settings: Settings, engine: Engine, keys: Keys, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, keys: Keys, admission: Admission, metrics: Metrics
+    ) -> None:
         self.settings = settings
         self.engine = engine
         self.keys = keys
         self.metrics = metrics
         self.readiness = Readiness(engine, self.default_model)
-        self.admission = Admission(settings.queue_images, metrics)
+        self.admission = admission
         self._decoder = Decoder(settings, metrics)
         self._default = settings.default_model or None
 
@@ -128,12 +131,14 @@ class Gateway:
     ) -> Results:
         """Results of a request's images; the caller hanging up ends the work. Raises Problem."""
         entry, version = chosen.entry, chosen.version
-        queue = priority(request)
+        flow = Flow(priority(request), key.name if key else "")
         trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
 
         async def work() -> Results:
             # What is refused has cost nothing: neither the key's rate, nor the decoding of a byte.
-            with self.admission.admit(len(items) * len(levels)):
+            with self.admission.admit(
+                len(items) * len(levels), flow, due - asyncio.get_running_loop().time()
+            ):
                 self.keys.take(key, len(items))
                 decoded = await self._decoder.decode(items, entry.prg.image)
                 images = [image for image in decoded if not isinstance(image, ImageError)]
@@ -149,7 +154,7 @@ class Gateway:
                     t_end=np.tile(np.array(levels, np.float32), len(images)),
                     outputs=outputs,
                     due=due,
-                    priority=queue,
+                    priority=flow.priority,
                     headers=trace,
                 )
                 computed = await self._compute(job)

@@ -33,7 +33,8 @@ class BodyLimit:
     """ASGI layer that counts body bytes as they arrive, before anything parses them; a compressed body is a 415.
 
     A body over `max_bytes` is a 413, by its Content-Length before a byte is read. Bodies that are read at
-    the same time may hold `HELD_BODIES` times that; more are a 503.
+    the same time may hold `HELD_BODIES` times that. Each may grow while it is smaller than what is left of it, else
+    it is a 503: so a few large ones that come slowly leave room for many small ones.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -64,7 +65,7 @@ class BodyLimit:
             self.held += size
             if own > self.max_bytes:
                 raise self._too_large()
-            if self.held > HELD_BODIES * self.max_bytes:
+            if own > HELD_BODIES * self.max_bytes - self.held:
                 raise unavailable("too many request bodies are being read at once; come back soon", 1)
             return message
 
@@ -72,6 +73,8 @@ class BodyLimit:
             await self.app(scope, counted, send)
         finally:
             self.held -= own
+            if expected := scope.get("state", {}).get("expected"):
+                expected.leave()
 
     def _too_large(self) -> Problem:
         detail = f"a request may have {self.max_bytes:,} bytes; send fewer images in each"

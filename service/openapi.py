@@ -81,7 +81,10 @@ METRICS: Responses = {
 
 KEYED = (errors.KEY_NEEDED, errors.SCOPE_MISSING, errors.INTERNAL_ERROR)
 """Problems of every route that may need a key."""
-ROUTING = (errors.BAD_REQUEST, errors.NOT_FOUND, errors.METHOD_NOT_ALLOWED)
+ROUTING = (
+    *(errors.BAD_REQUEST, errors.NOT_FOUND, errors.METHOD_NOT_ALLOWED),
+    *(errors.REQUEST_TIMEOUT, errors.HEAD_TOO_LARGE),
+)
 CLASSIFIED = [row for row in errors.PROBLEMS if row.of == "request" and row not in ROUTING]
 """Of /classify: all but those of requests that never reach a route."""
 EMBEDDED = [row for row in CLASSIFIED if row is not errors.NO_CLASSES]

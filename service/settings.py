@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     """How long a batch waits to become full."""
     queue_images: Positive = 512
     """Rows (images x levels) admitted and not yet answered; more are refused with 503."""
+    max_connections: Positive = 2000
+    """Open connections; of more, the one whose caller sends nothing for longest is closed."""
     request_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30
     """After this many seconds a request is answered with 504."""
     allow_urls: bool = False

@@ -80,6 +80,10 @@ class Metrics:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
+    def refused(self, route: str, status: int) -> None:
+        """Count a request that was not read."""
+        self._requests.labels(route, str(status)).inc()
+
     def images(self, model: str, good: int, bad: int, key: str | None = None) -> None:
         """Count a request's images, and whose they are where there are keys."""
         if key is not None:

@@ -5,16 +5,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import uvicorn
+from fastapi import FastAPI
 
 from service.app import create_app
+from service.server import Server
 from service.settings import Settings
 
 
 @contextmanager
-def served(settings: Settings, patience_s: float = 30) -> Iterator[str]:
+def served(settings: Settings, patience_s: float = 30, app: FastAPI | None = None) -> Iterator[str]:
     """host:port of the service, once it has started; it ends with the context."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
+    server = Server(app or create_app(settings), settings.model_copy(update={"port": 0}))
     thread = threading.Thread(target=server.run)
     thread.start()
     until = time.monotonic() + patience_s

@@ -61,27 +61,31 @@ def test_admission_refuses_when_full_and_names_an_honest_time(monkeypatch: pytes
     assert len(fresh._done) <= 500
 
 
-async def test_bodies_read_at_once_are_bounded() -> None:
+async def test_bodies_read_at_once_are_bounded_and_leave_room_for_small_ones() -> None:
     release, answers = asyncio.Event(), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         try:
             await receive()
         except Problem as problem:
-            answers.append(problem.kind.status)
+            answers.append((scope["size"], problem.kind.status))
             return
         await release.wait()
-        answers.append(200)
+        answers.append((scope["size"], 200))
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": bytes(100), "more_body": False}
+    def receive(size: int) -> Any:
+        async def body() -> dict[str, Any]:
+            return {"type": "http.request", "body": bytes(size), "more_body": False}
+
+        return body
 
     limited = BodyLimit(app, 100)
     scope = {"type": "http", "headers": []}
-    calls = [limited(dict(scope), receive, None) for _ in range(HELD_BODIES + 2)]  # type: ignore[arg-type]
+    sizes = [100] * (HELD_BODIES + 2) + [10]
+    calls = [limited(scope | {"size": size}, receive(size), None) for size in sizes]  # type: ignore[arg-type]
     done = asyncio.gather(*calls)
     await asyncio.sleep(0)
     release.set()
     await done
-    assert sorted(answers) == [200] * HELD_BODIES + [503] * 2
+    assert sorted(answers) == [(10, 200)] + [(100, 200)] * (HELD_BODIES - 1) + [(100, 503)] * 3
     assert limited.held == 0

@@ -1,0 +1,52 @@
+"""The HTTP server: uvicorn with our connections."""
+
+import resource
+import threading
+from functools import partial
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.connections import IDLE_S, Connection, Connections
+from service.gateway import Gateway
+from service.settings import Settings
+
+OTHER_FILES = 256
+"""Files that are open beside connections, at most: those of the models, of Triton's channels, of fetched URLs."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn that says it is not ready before it stops listening; a second signal does not wait."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        connections: Connections = app.state.connections
+        connections.most = min(connections.most, max(1, _open_files() - OTHER_FILES))
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=partial(Connection, connections),  # type: ignore[arg-type]
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=int(IDLE_S),
+            timeout_graceful_shutdown=int(settings.request_timeout_s) + 5,
+        )
+        super().__init__(config)
+        self._state = app.state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        gateway: Gateway | None = self._state.gateway if self.started else None
+        if gateway and gateway.settings.drain_s and not gateway.readiness.stopping:
+            gateway.readiness.stopping = True
+            threading.Timer(gateway.settings.drain_s, super().handle_exit, (sig, None)).start()
+        else:
+            super().handle_exit(sig, frame)
+
+
+def _open_files() -> int:
+    """How many files this process may open, after asking for as many as it is allowed to ask for."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
