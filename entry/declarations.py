@@ -60,6 +60,16 @@ def declared(picture: Image.Image) -> Declared:
     return how
 
 
+def require_standard_range(data: bytes) -> None:
+    """Of an AVIF or HEIF file. Raises Unreadable where its numbers are of high dynamic range, as its `colr` box says.
+
+    Shown as if they were not, they would be another picture (ITU-T H.273: 16 is PQ, 18 is HLG).
+    """
+    box = data.find(b"colrnclx")
+    if box >= 0 and int.from_bytes(data[box + 10 : box + 12]) in (16, 18):
+        raise Unreadable("the picture is of high dynamic range (PQ or HLG)")
+
+
 def _depth(tags: Tags) -> int:
     return int(max(tags.get(Tiff.BITSPERSAMPLE, (1,))))
 

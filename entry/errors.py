@@ -22,6 +22,10 @@ class ImageError(ValueError):
         self.status = status
         self.title = title
 
+    # From one process to another.
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[int, str, str]]:
+        return ImageError, (self.status, self.title, str(self))
+
 
 class PackageError(RuntimeError):
     """A package that is not installed; the message names the extra that brings it."""

@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 
 from entry.config import ImageSpec
-from entry.images import ImageError, load_image
+from entry.images import Heavy, ImageError, load_image
+from service.aside import Aside
 from service.fetch import Fetcher
 from service.intake import Item, Remote
 from service.settings import Settings
@@ -23,26 +24,44 @@ class Decoder:
         self._limits = settings.image_limits
         self._fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
         self._metrics = metrics
-        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
+        self._count = len(os.sched_getaffinity(0))
+        self._threads = ThreadPoolExecutor(self._count, "decode")
+        self._aside = Aside(self._limits, max(1, self._count // 2))
 
     async def close(self) -> None:
         """Free the threads and connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._aside.close()
         await self._fetcher.close()
 
     async def decode(self, items: Sequence[Item], spec: ImageSpec) -> list[np.ndarray | ImageError]:
         """Of each image uint8 [3, S, S], or what is wrong with it."""
-        return await asyncio.gather(*(self._decode(item, spec) for item in items))
+        # A request has no more images in the threads' queue than there are threads: the next request's come in between.
+        places = asyncio.Semaphore(self._count)
 
-    async def _decode(self, item: Item, spec: ImageSpec) -> np.ndarray | ImageError:
+        return await asyncio.gather(*(self._decode(item, spec, places) for item in items))
+
+    async def _decode(
+        self, item: Item, spec: ImageSpec, places: asyncio.Semaphore
+    ) -> np.ndarray | ImageError:
         loop = asyncio.get_running_loop()
         try:
             # bytes() of bytes is the object itself.
             read = partial(bytes, await self._fetcher.fetch(item.url)) if isinstance(item, Remote) else item
-            return await loop.run_in_executor(self._threads, self._load, read, spec)
+            async with places:
+                image = await loop.run_in_executor(self._threads, self._load, read, spec)
+                if isinstance(image, bytes):
+                    with self._metrics.decode_seconds.time():
+                        image = await self._aside.load(image, spec)
+            return image
         except ImageError as error:
             return error
 
-    def _load(self, read: Callable[[], bytes], spec: ImageSpec) -> np.ndarray:
-        with self._metrics.decode_seconds.time():
-            return load_image(read(), spec, self._limits)
+    def _load(self, read: Callable[[], bytes], spec: ImageSpec) -> np.ndarray | bytes:
+        """The image; of one that is to be decoded aside, its bytes."""
+        data = read()
+        try:
+            with self._metrics.decode_seconds.time():
+                return load_image(data, spec, self._limits, light_only=True)
+        except Heavy:
+            return data

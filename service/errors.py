@@ -65,7 +65,7 @@ IMAGE_TOO_LARGE = ProblemType("Image too large", 413, "the image has too many by
 IMAGE_FORMAT_NOT_ACCEPTED = ProblemType(
     "Image format not accepted",
     415,
-    "the format is known, but not accepted, such as HEIC or a video",
+    "the format is known, but not accepted, such as SVG or a video",
     "image",
 )
 EMPTY_IMAGE = ProblemType("Empty image", 422, "the image has 0 bytes", "image")

@@ -8,7 +8,7 @@ from pathlib import Path
 from entry.files import is_hidden
 from prg.errors import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 """Of files that are taken for images; entry.images has the formats that are decoded."""
 
 

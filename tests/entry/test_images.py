@@ -15,7 +15,7 @@ from PIL import Image
 
 from entry import images, preprocessing
 from entry.config import ImageSpec
-from entry.images import FORMATS, ImageError, Limits, image_array, load_image
+from entry.images import FORMATS, Heavy, ImageError, Limits, image_array, load_image
 from entry.preprocessing import preprocess
 from tests.golden.preprocessing.make import picture, png, tiff
 
@@ -302,10 +302,6 @@ def test_what_is_no_image(data: bytes, title: str) -> None:
     [
         *((b"%PDF-1.7 ...", "PDF"), (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG")),
         (b"P6 1 1 255 abc", "PNM"),
-        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "AVIF"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", "a video"),
         *((b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"), (b"\x1aE\xdf\xa3\x01\0\0\0", "a video")),
         *((b"\xff\x0a\xfa\x1f", "JPEG XL"), (bytes.fromhex("0000000c4a584c200d0a870a"), "JPEG XL")),
@@ -318,16 +314,65 @@ def test_a_format_that_is_not_accepted_is_named(start: bytes, name: str) -> None
     assert str(error).startswith(name)
 
 
-@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
-def test_formats_that_are_off_can_be_turned_on(kind: str) -> None:
-    if kind == "HEIF":
-        pytest.importorskip("pi_heif")
-        pytest.skip("pi-heif writes no files") if not DATA else None
-        data = (Path(DATA or "") / "odd-images" / "pillow" / "avif" / "hopper.heif").read_bytes()
+AVIF = saved(Image.new("RGB", (40, 32), "red"), "AVIF", quality=100)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "AVIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIF"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIF"),
+    ],
+)
+def test_a_format_that_not_every_pillow_reads(start: bytes, name: str) -> None:
+    """Where it is read a broken file is broken; where it is not, it is named."""
+    without = Limits(formats=tuple(kind for kind in FORMATS if kind != name))
+    for limits, status in ((Limits(formats=(*without.formats, name)), 422), (without, 415)):
+        with pytest.raises(ImageError, match=name) as error:
+            load_image(start + bytes(40), SPEC, limits)
+        assert error.value.status == status
+
+
+def test_avif_and_heif(tmp_path: Path) -> None:
+    image = load_image(AVIF, SPEC)
+    assert (image[0] > 240).all()
+    assert (image[1:] < 15).all()
+    if not DATA:
+        pytest.skip("PRG_TEST_DATA is not set, and pi-heif writes no files")
+    pytest.importorskip("pi_heif")
+    heif = (Path(DATA) / "odd-images" / "pillow" / "avif" / "hopper.heif").read_bytes()
+    assert load_image(heif, SPEC).std() > 20
+
+
+@pytest.mark.parametrize("transfer", [16, 18])
+def test_high_dynamic_range_is_not_shown_as_if_it_were_not(transfer: int) -> None:
+    colour = AVIF.index(b"colrnclx") + 10
+    error = failure(AVIF[:colour] + transfer.to_bytes(2) + AVIF[colour + 2 :])
+    assert_error(error, 422, "Image not usable")
+
+
+@pytest.mark.parametrize(
+    ("data", "heavy"),
+    [
+        (RED, False),
+        (saved(LARGE, "JPEG"), False),
+        (saved(LARGE, "JPEG", progressive=True), False),
+        (saved(Image.new("L", (4000, 3100)), "PNG"), True),
+        (saved(Image.new("L", (4000, 3100)), "JPEG"), False),
+        (saved(Image.new("L", (4000, 3100)), "JPEG", progressive=True), True),
+        (saved(LARGE, "JPEG") + b"\xff\xda" * 60, True),
+        (saved(LARGE, "TIFF"), True),
+        (AVIF, True),
+    ],
+)
+def test_what_is_heavy(data: bytes, heavy: bool) -> None:
+    if heavy:
+        with pytest.raises(Heavy):
+            load_image(data, SPEC, light_only=True)
     else:
-        data = saved(Image.new("RGB", (40, 32), "red"), "AVIF", quality=100)
-    assert_error(failure(data), 415, "Image format not accepted")
-    assert load_image(data, SPEC, Limits(formats=(*FORMATS, kind))).shape == (3, 32, 32)
+        assert (load_image(data, SPEC, light_only=True) == load_image(data, SPEC)).all()
 
 
 def test_a_format_that_pillow_knows_and_we_do_not_take() -> None:
