@@ -193,12 +193,12 @@ def test_what_is_skipped_and_what_is_empty_is_told(
     folder = pictures(tmp_path / "d", "train/a/1.png", "train/b/1.png")
     for name in ("train/c/deeper", "test/a"):
         (folder / name).mkdir(parents=True)
-    for name in ("c/1.heic", "c/2.HEIC", "a/notes.txt", "b/.DS_Store", "readme"):
+    for name in ("c/1.psd", "c/2.PSD", "a/notes.txt", "b/.DS_Store", "readme"):
         (folder / "train" / name).write_bytes(b"")
     assert loaded(folder, tmp_path / "cache").classes == ("a", "b")
     empty, skipped = capsys.readouterr().err.splitlines()[:2]
     assert re.search(r"\btest\b", empty)
-    for said in ("4 files", ".heic (2), .txt (1), none (1)", f" c (of {folder / 'train'})"):
+    for said in ("4 files", ".psd (2), .txt (1), none (1)", f" c (of {folder / 'train'})"):
         assert said in skipped
     loaded(pictures(tmp_path / "plain", "a/1.png"), tmp_path / "cache")
     assert "note: " not in capsys.readouterr().err

@@ -52,11 +52,11 @@ def test_a_file_that_opens_but_does_not_decode_is_an_error_of_its_own(client: Te
 def test_decoding_leaves_the_event_loop_alone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     real, where = service.decoding.load_image, []
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **options: Any) -> Any:
         with pytest.raises(RuntimeError):
             asyncio.get_running_loop()
         where.append(threading.current_thread().name)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(service.decoding, "load_image", watched)
     assert embed(client, RED, BLUE, jpeg()).status_code == 200
