@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entry.config import Fingerprints
 from service.errors import INTERNAL_ERROR, Problem
+from service.headers import secured
 from service.limits import HungUp
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -97,7 +98,7 @@ class Metrics:
 
 
 class Telemetry:
-    """ASGI layer around everything: request id, access log, metrics, and a 500 for what nobody caught."""
+    """ASGI layer around everything: request id, security headers, access log, metrics, a 500 for what nobody caught."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -115,7 +116,8 @@ class Telemetry:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                given = message.get("headers", ())
+                message["headers"] = secured([*given, (b"x-request-id", request_id.encode())])
             await send(message)
 
         started = time.perf_counter()
