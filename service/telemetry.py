@@ -158,7 +158,8 @@ def configure_logs() -> None:
         structlog.processors.TimeStamper("iso", utc=True),
     ]
     last: list[Any] = (
-        [structlog.dev.ConsoleRenderer()]
+        # By default a traceback shows each frame's variables, a caller's key among them.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if sys.stdout.isatty()
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,8 @@ UNLISTED = "Triton serves it, but prg.versions does not list it"
 ABSENT = "PRG_MODELS names it, but Triton's repository has no such model"
 
 
+FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/:'\"]+/)+")
+"""All of an absolute path but its last name: callers read what Triton says, and not where it keeps its files."""
 Index = list[tuple[str, str, str, str]]
 """(name, version, state, reason) of each version that a Triton knows of."""
 
@@ -272,7 +275,7 @@ class TritonEngine:
         """Read the index and the configurations."""
         try:
             index = await replica.client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
-            seen = sorted((m.name, m.version, m.state, m.reason) for m in index.models)
+            seen = sorted((m.name, m.version, m.state, FOLDERS.sub("", m.reason)) for m in index.models)
             # The configurations too, each time: a restart may bring other weights under the same index.
             replica.models = await self._read_models(replica, seen)
             if replica.seen is None:
@@ -365,4 +368,4 @@ def _checked(array: np.ndarray | None, name: str, count: int, entry: Entry) -> n
 
 
 def _text(error: InferenceServerException) -> str:
-    return str(error.message()).strip()[:300]
+    return FOLDERS.sub("", str(error.message())).strip()[:300]
