@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entry.config import Fingerprints
+from service import tracing
 from service.errors import INTERNAL_ERROR, Problem
 from service.headers import secured
 from service.limits import HungUp
@@ -51,6 +52,7 @@ class Metrics:
             "prg_batch_images", "Rows computed together", ["model"], buckets=BATCHES
         )
         self.queued_images = gauge("prg_queued_images", "Images x levels admitted, not answered")
+        self.queue_limit = gauge("prg_queue_limit", "Images x levels that may be: PRG_QUEUE_IMAGES")
         self.engine_up = gauge("prg_engine_up", "1 where a Triton answers", ["address"])
         self.engine_failures = counter(
             "prg_engine_failures", "Calls that a Triton failed, retried or not", ["address"]
@@ -122,8 +124,9 @@ class Telemetry:
 
         started = time.perf_counter()
         with (
+            tracing.request(scope, request_id) as span,
             self.metrics.in_flight.track_inprogress(),
-            structlog.contextvars.bound_contextvars(request_id=request_id),
+            structlog.contextvars.bound_contextvars(request_id=request_id, **tracing.for_log(span)),
         ):
             try:
                 await self.app(scope, receive, tagged)
@@ -139,6 +142,7 @@ class Telemetry:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.answered(route, status, seconds)
+            tracing.answered(span, scope["method"], route, status)
             quiet = route.startswith(("/health", "/metrics")) and status < 400
             (log.debug if quiet else log.info)(
                 "request",
@@ -176,3 +180,5 @@ def configure_logs() -> None:
     handler.setFormatter(formatter)
     logging.captureWarnings(True)
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    # It logs each URL that it reads, signatures in it and all.
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -14,6 +14,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from entry.config import Entry, EntryError, entry_from_config
+from service import tracing
 from service.engines.contract import (
     DeadlineExceeded,
     EngineOverloaded,
@@ -244,7 +245,10 @@ class TritonEngine:
             raise DeadlineExceeded("the deadline passed before the engine was asked")
         replica.in_flight += 1
         try:
-            with self._metrics.inference_seconds.labels(job.model).time():
+            with (
+                tracing.span("inference", model=job.model, batch=len(images), address=replica.address),
+                self._metrics.inference_seconds.labels(job.model).time(),
+            ):
                 result = await replica.client.infer(
                     job.model,
                     inputs,
@@ -253,7 +257,7 @@ class TritonEngine:
                     priority=PRIORITIES[job.priority],
                     timeout=int(left * 1e6),
                     client_timeout=left,
-                    headers=dict(job.headers) or None,
+                    headers=tracing.carried(job.headers) or None,
                 )
         except InferenceServerException as error:
             raise translate_error(error) from None

@@ -27,6 +27,7 @@ SECRETS = ("stolen-token", "dXNlcjpzZWNyZXQ", "signature-of-a-url", "password-in
 TELLTALE = ("Traceback", 'File "', "site-packages", str(ROOT), sys.prefix)
 
 FAULTY = """
+from service import fetch
 from entry.runner import Runner
 from service.gateway import Gateway
 choose, run = Gateway.choose, Runner.run
@@ -42,10 +43,11 @@ def run_or_not(self, images, t_end):
     return run(self, images, t_end)
 
 Gateway.choose, Runner.run = choose_or_not, run_or_not
+fetch.is_public = lambda address: str(address) == "127.0.0.1"
 from service.app import main
 main([])
 """
-"""The service with a bug, which is the model "bug", and a model that fails at one level."""
+"""The service with a bug, which is the model "bug", a model that fails at one level, and one address to fetch from."""
 
 
 class Said(NamedTuple):
@@ -157,8 +159,12 @@ def provoked(http: httpx.Client, key: str, other: str) -> Iterator[httpx.Respons
         "http://u:password-in-a-url@8.8.8.8/",
         "file:///etc",
     )
-    for url in (*urls, "http://127.0.0.1/?signature-of-a-url"):
+    for url in (*urls, "http://10.0.0.1/?signature-of-a-url"):
         yield http.post("/embed", json={"inputs": [{"url": url}]}, headers=own)
+    good = f"{http.base_url}/playground/samples/black.png?signature-of-a-url"
+    fetched = http.post("/embed", json={"inputs": [{"url": good}]}, headers=own)
+    assert fetched.status_code == 200
+    yield fetched
     for _ in range(10):
         yield http.post("/embed", files=IMAGE * 8, headers=own)
 
