@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,6 @@ def test_swagger_ui_is_what_its_note_says() -> None:
     assert len(sums) == 2
     for digest, name in sums:
         assert hashlib.sha256((SERVICE / "swagger" / name).read_bytes()).hexdigest() == digest
+    component = runpy.run_path(str(SERVICE.parent / "docker" / "sbom.py"))["swagger_ui"]()
+    assert component["version"] in note
+    assert [(c["hashes"][0]["content"], c["name"]) for c in component["components"]] == sums
