@@ -13,13 +13,14 @@ endif
 # The index's builds are labelled, as 2.13.0+cu130 is, but for macOS. Without its label pip would keep any build it has.
 LABEL = $(if $(filter Darwin,$(shell uname)),,$(filter cpu cu% rocm%,$(notdir $(TORCH_INDEX))))
 TORCH = torch==2.13.0$(addprefix +,$(LABEL))
+AUDIT_TOOLS = pip-audit==2.10.1 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check
 RUN = .venv/bin/
 ifneq ($(wildcard ../shared/data),)
 export PRG_TEST_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup serve test check format bench docs clean another
+.PHONY: help setup serve test check format bench audit docs clean another
 
 help: ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +71,25 @@ bench: .venv/.setup ## measure the extractor and the gateway on this machine
 	PYTHONPATH=. $(RUN)python benchmarks/extractor.py
 	PYTHONPATH=. $(RUN)python benchmarks/gateway.py
 
+# What the gateway's image holds, and beside it the tools that look at it.
+.venv-audit/.image: pyproject.toml constraints.txt docker/gateway.Dockerfile
+	@rm -rf .venv-audit
+	@$(PYTHON) -m venv .venv-audit/tools && $(PYTHON) -m venv .venv-audit/image
+	@.venv-audit/tools/bin/pip install -qq --disable-pip-version-check $(AUDIT_TOOLS)
+	@.venv-audit/image/bin/pip install -qq --disable-pip-version-check -c constraints.txt '.[serve,otel]'
+	@.venv-audit/image/bin/pip freeze --exclude prg-service > .venv-audit/requirements.txt
+	@.venv-audit/image/bin/pip uninstall -qq --yes pip setuptools
+	@touch $@
+
+audit: .venv-audit/.image ## licences, SBOM and known vulnerabilities of the gateway's image, into build/audit
+	@mkdir -p build/audit
+	.venv-audit/tools/bin/pip-licenses --python .venv-audit/image/bin/python --from=mixed --format=markdown \
+	  --ignore-packages prg-service --partial-match --fail-on='GNU General Public;GNU Affero' > build/audit/licences.md
+	.venv-audit/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  -o build/audit/sbom.json .venv-audit/image/bin/python
+	$(PYTHON) docker/sbom.py build/audit/sbom.json
+	.venv-audit/tools/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r .venv-audit/requirements.txt
+
 docs: .venv/.setup ## write the map of modules, build the documentation site into site/
 	$(RUN)python docs/make_map.py
 	$(RUN)zensical build --clean --strict
@@ -79,4 +99,4 @@ format: .venv/.setup ## rewrite the code to the one format
 	$(RUN)ruff check --fix .
 
 clean: ## remove .venv and caches
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-audit site .pytest_cache .mypy_cache .ruff_cache

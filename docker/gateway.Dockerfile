@@ -8,7 +8,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY entry entry
 COPY prg prg
 COPY service service
-RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[serve]' \
+RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[serve,otel]' \
     && /venv/bin/pip uninstall --yes --quiet pip setuptools
 
 FROM python:3.11-slim

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from entry.errors import DeviceError
 from entry.files import is_hidden
-from service import errors, openapi
+from service import errors, openapi, tracing
 from service.admission import Admission
 from service.auth import Keys, new_key
 from service.connections import Connections
@@ -47,6 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tracing.start()
         gateway = Gateway(settings, make_engine(settings, metrics), keys, admission, metrics)
         app.state.gateway = gateway
         await gateway.engine.start()
@@ -59,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
             for watch in watches:
                 watch.cancel()
         await gateway.close()
+        await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(
         title="PRG",

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.admission import Admission, Flow
 from service.auth import Keys
 from service.errors import BAD_REQUEST, HEAD_TOO_LARGE, REQUEST_TIMEOUT, Problem, ProblemType, unavailable
+from service.headers import secured
 from service.telemetry import INFERENCE_ROUTES, REQUEST_ID, Metrics, log
 
 HEAD_BYTES = 64 << 10
@@ -254,5 +255,5 @@ def _rendered(
     headers = {"Retry-After": retry_after} if retry_after else {}
     response = Problem(kind, detail, headers | ({"Connection": "close"} if last else {})).response(path)
     lines = [f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}\r\n".encode()]
-    lines += [b"%s: %s\r\n" % line for line in response.raw_headers]
+    lines += [b"%s: %s\r\n" % line for line in secured(response.raw_headers)]
     return b"".join(lines), bytes(response.body)

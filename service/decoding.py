@@ -10,6 +10,7 @@ import numpy as np
 
 from entry.config import ImageSpec
 from entry.images import Heavy, ImageError, load_image
+from service import tracing
 from service.aside import Aside
 from service.fetch import Fetcher
 from service.intake import Item, Remote
@@ -38,8 +39,8 @@ class Decoder:
         """Of each image uint8 [3, S, S], or what is wrong with it."""
         # A request has no more images in the threads' queue than there are threads: the next request's come in between.
         places = asyncio.Semaphore(self._count)
-
-        return await asyncio.gather(*(self._decode(item, spec, places) for item in items))
+        with tracing.span("decode", images=len(items)):
+            return await asyncio.gather(*(self._decode(item, spec, places) for item in items))
 
     async def _decode(
         self, item: Item, spec: ImageSpec, places: asyncio.Semaphore
@@ -47,7 +48,7 @@ class Decoder:
         loop = asyncio.get_running_loop()
         try:
             # bytes() of bytes is the object itself.
-            read = partial(bytes, await self._fetcher.fetch(item.url)) if isinstance(item, Remote) else item
+            read = partial(bytes, await self._fetch(item)) if isinstance(item, Remote) else item
             async with places:
                 image = await loop.run_in_executor(self._threads, self._load, read, spec)
                 if isinstance(image, bytes):
@@ -56,6 +57,10 @@ class Decoder:
             return image
         except ImageError as error:
             return error
+
+    async def _fetch(self, item: Remote) -> bytes:
+        with tracing.span("fetch"):
+            return await self._fetcher.fetch(item.url)
 
     def _load(self, read: Callable[[], bytes], spec: ImageSpec) -> np.ndarray | bytes:
         """The image; of one that is to be decoded aside, its bytes."""

@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import socket
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -14,6 +15,8 @@ MAX_REDIRECTS = 3
 TIMEOUT_S = 10.0
 """Of one image, redirects and all."""
 AT_ONCE = 16
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that is assigned to the internet. What `is_global` says of the rest differs between Pythons."""
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -28,8 +31,7 @@ class Fetcher:
         self._allowed = allowed
         self._max_bytes = max_bytes
         self._places = asyncio.Semaphore(AT_ONCE)
-        # trust_env: a proxy of the environment would connect to wherever it resolves the name.
-        self._http = httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) if allowed else None
+        self._http = _client() if allowed else None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -83,6 +85,20 @@ class Fetcher:
             await response.aclose()
 
 
+def _client() -> httpx.AsyncClient:
+    """A client that carries nothing from one image to the next: no cookie, no connection.
+
+    A connection is known by its address, so another site at that address would be read over it unverified.
+    """
+    return httpx.AsyncClient(
+        # A proxy of the environment would connect to wherever it resolves the name.
+        trust_env=False,
+        timeout=TIMEOUT_S,
+        limits=httpx.Limits(max_keepalive_connections=0),
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+    )
+
+
 async def _check(url: str) -> tuple[str, int | None, str]:
     """(host, port if given, the URL with an address in the host's place). Raises ImageError, ValueError for no URL."""
     parts = urlsplit(url)
@@ -108,11 +124,13 @@ def _netloc(host: str, port: int | None) -> str:
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether anybody on the internet could reach it; an IPv4 address inside an IPv6 one is checked itself."""
     if isinstance(address, ipaddress.IPv6Address):
-        inside = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
+        if address.ipv4_mapped:
+            return is_public(address.ipv4_mapped)
         if address in NAT64:
-            inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inside:
-            return is_public(inside)
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        # Tunnels end wherever the IPv4 address inside says, and no site of today is behind one.
+        if address not in GLOBAL_UNICAST or address.sixtofour or address.teredo:
+            return False
     return address.is_global and not address.is_multicast
 
 

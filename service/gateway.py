@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from fastapi import Request
 from entry.config import Entry
 from entry.images import ImageError
 from entry.vectors import unit_length
+from service import tracing
 from service.admission import Admission, Flow
 from service.auth import Key, Keys
 from service.decoding import Decoder
@@ -72,6 +74,7 @@ class Gateway:
         self.metrics = metrics
         self.readiness = Readiness(engine, self.default_model)
         self.admission = admission
+        metrics.queue_limit.set(settings.queue_images)
         self._decoder = Decoder(settings, metrics)
         self._default = settings.default_model or None
 
@@ -135,11 +138,13 @@ class Gateway:
         trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
 
         async def work() -> Results:
-            # What is refused has cost nothing: neither the key's rate, nor the decoding of a byte.
-            with self.admission.admit(
-                len(items) * len(levels), flow, due - asyncio.get_running_loop().time()
-            ):
-                self.keys.take(key, len(items))
+            rows = len(items) * len(levels)
+            with ExitStack() as places:
+                # What is refused has cost nothing: neither the key's rate, nor the decoding of a byte.
+                with tracing.span("admission", rows=rows):
+                    wait_s = due - asyncio.get_running_loop().time()
+                    places.enter_context(self.admission.admit(rows, flow, wait_s))
+                    self.keys.take(key, len(items))
                 decoded = await self._decoder.decode(items, entry.prg.image)
                 images = [image for image in decoded if not isinstance(image, ImageError)]
                 errors = {i: error for i, error in enumerate(decoded) if isinstance(error, ImageError)}

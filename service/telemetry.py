@@ -15,7 +15,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entry.config import Fingerprints
+from service import tracing
 from service.errors import INTERNAL_ERROR, Problem
+from service.headers import secured
 from service.limits import HungUp
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -50,6 +52,7 @@ class Metrics:
             "prg_batch_images", "Rows computed together", ["model"], buckets=BATCHES
         )
         self.queued_images = gauge("prg_queued_images", "Images x levels admitted, not answered")
+        self.queue_limit = gauge("prg_queue_limit", "Images x levels that may be: PRG_QUEUE_IMAGES")
         self.engine_up = gauge("prg_engine_up", "1 where a Triton answers", ["address"])
         self.engine_failures = counter(
             "prg_engine_failures", "Calls that a Triton failed, retried or not", ["address"]
@@ -97,7 +100,7 @@ class Metrics:
 
 
 class Telemetry:
-    """ASGI layer around everything: request id, access log, metrics, and a 500 for what nobody caught."""
+    """ASGI layer around everything: request id, security headers, access log, metrics, a 500 for what nobody caught."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -115,13 +118,15 @@ class Telemetry:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                given = message.get("headers", ())
+                message["headers"] = secured([*given, (b"x-request-id", request_id.encode())])
             await send(message)
 
         started = time.perf_counter()
         with (
+            tracing.request(scope, request_id) as span,
             self.metrics.in_flight.track_inprogress(),
-            structlog.contextvars.bound_contextvars(request_id=request_id),
+            structlog.contextvars.bound_contextvars(request_id=request_id, **tracing.for_log(span)),
         ):
             try:
                 await self.app(scope, receive, tagged)
@@ -137,6 +142,7 @@ class Telemetry:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.answered(route, status, seconds)
+            tracing.answered(span, scope["method"], route, status)
             quiet = route.startswith(("/health", "/metrics")) and status < 400
             (log.debug if quiet else log.info)(
                 "request",
@@ -156,7 +162,8 @@ def configure_logs() -> None:
         structlog.processors.TimeStamper("iso", utc=True),
     ]
     last: list[Any] = (
-        [structlog.dev.ConsoleRenderer()]
+        # By default a traceback shows each frame's variables, a caller's key among them.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if sys.stdout.isatty()
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
@@ -173,3 +180,5 @@ def configure_logs() -> None:
     handler.setFormatter(formatter)
     logging.captureWarnings(True)
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    # It logs each URL that it reads, signatures in it and all.
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -129,3 +129,10 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1
     assert f"pip install 'prg-service[{named}]'" in done.stderr
+
+
+def test_an_endpoint_for_traces_without_their_extra_is_a_warning() -> None:
+    program = "import os; os.environ['OTEL_EXPORTER_OTLP_ENDPOINT'] = 'http://127.0.0.1:9'; "
+    done = run("serve", program + "from service import tracing; tracing.start()")
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'prg-service[otel]'" in done.stdout

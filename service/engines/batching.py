@@ -5,10 +5,14 @@ import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from opentelemetry.context import Context
+from opentelemetry.trace import Span
 
+from service import tracing
 from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
 from service.schemas import Priority
 from service.settings import Settings
@@ -27,6 +31,9 @@ class _Waiting:
     answer: "asyncio.Future[dict[str, np.ndarray]]"
     since: float
     left: int
+    trace: Context | None = field(default_factory=tracing.place)
+    """Where in its request's trace it was queued."""
+    queued: Span | None = field(default_factory=partial(tracing.begin, "queue"))
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
     def fail(self, error: Exception) -> None:
@@ -141,6 +148,8 @@ class Batcher:
                     continue
                 if row == 0:
                     self._metrics.queue_seconds.labels(self._model).observe(now - waiting.since)
+                    if waiting.queued:
+                        waiting.queued.end()
                 batch.append((waiting, row))
         return batch
 
@@ -148,7 +157,11 @@ class Batcher:
         images = np.stack([waiting.job.images[row] for waiting, row in batch])
         t_end = np.stack([waiting.job.t_end[row] for waiting, row in batch])
         loop = asyncio.get_running_loop()
-        with self._metrics.inference_seconds.labels(self._model).time():
+        traces = [waiting.trace for waiting in {waiting: None for waiting, _ in batch}]
+        with (
+            tracing.shared("inference", traces, model=self._model, batch=len(batch)),
+            self._metrics.inference_seconds.labels(self._model).time(),
+        ):
             outputs = await loop.run_in_executor(self._compute, self.runner.run, images, t_end)
         self._metrics.batch_images.labels(self._model).observe(len(batch))
         for index, (waiting, row) in enumerate(batch):

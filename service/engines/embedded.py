@@ -1,6 +1,7 @@
 """The embedded engine: models in this process, behind dynamic batching."""
 
 import asyncio
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -107,25 +108,31 @@ class EmbeddedEngine:
             if isinstance(found, EntryError):
                 raise found
             chosen = self._chosen.get(found.name) if self._chosen else None
-            failed = {v: r for v, r in found.failed_versions.items() if chosen is None or v in chosen}
+            listed = found.failed_versions.items()
+            failed = {v: self._reason(r) for v, r in listed if chosen is None or v in chosen}
             for version in self._versions(found, chosen):
                 try:
                     batchers[version] = await self._batcher(before, found, version)
                 # Also what torch raises for a strange module: the other versions must serve.
                 except Exception as error:
-                    failed[version] = str(error)
+                    failed[version] = self._reason(error)
             if not batchers:
                 raise EntryError("; ".join(failed.values()))
         except EntryError as error:
-            log.error("entry refused", model=name, reason=str(error))
+            reason = self._reason(error)
+            log.error("entry refused", model=name, reason=reason)
             if before and before.batchers and before.status.entry:
-                kept = f"an older state of it is served, because: {error}"
+                kept = f"an older state of it is served, because: {reason}"
                 status = ModelStatus(name, before.status.entry, before.status.versions, kept)
                 return _Model(status, before.batchers)
-            return _Model(ModelStatus(name, None, reason=str(error), state="failed"))
+            return _Model(ModelStatus(name, None, reason=reason, state="failed"))
         for version, reason in failed.items():
             log.error("version refused", model=name, version=version, reason=reason)
         return _Model(ModelStatus(name, found, tuple(batchers), failed_versions=failed), batchers)
+
+    def _reason(self, error: object) -> str:
+        """What callers may read of it: files by their place in the repository, not on this machine."""
+        return str(error).replace(f"{self._repository}{os.sep}", "")
 
     def _versions(self, entry: Entry, chosen: frozenset[str] | None) -> tuple[str, ...]:
         """The versions to try, ascending."""

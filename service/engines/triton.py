@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from entry.config import Entry, EntryError, entry_from_config
+from service import tracing
 from service.engines.contract import (
     DeadlineExceeded,
     EngineOverloaded,
@@ -57,6 +59,8 @@ UNLISTED = "Triton serves it, but prg.versions does not list it"
 ABSENT = "PRG_MODELS names it, but Triton's repository has no such model"
 
 
+FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/:'\"]+/)+")
+"""All of an absolute path but its last name: callers read what Triton says, and not where it keeps its files."""
 Index = list[tuple[str, str, str, str]]
 """(name, version, state, reason) of each version that a Triton knows of."""
 
@@ -241,7 +245,10 @@ class TritonEngine:
             raise DeadlineExceeded("the deadline passed before the engine was asked")
         replica.in_flight += 1
         try:
-            with self._metrics.inference_seconds.labels(job.model).time():
+            with (
+                tracing.span("inference", model=job.model, batch=len(images), address=replica.address),
+                self._metrics.inference_seconds.labels(job.model).time(),
+            ):
                 result = await replica.client.infer(
                     job.model,
                     inputs,
@@ -250,7 +257,7 @@ class TritonEngine:
                     priority=PRIORITIES[job.priority],
                     timeout=int(left * 1e6),
                     client_timeout=left,
-                    headers=dict(job.headers) or None,
+                    headers=tracing.carried(job.headers) or None,
                 )
         except InferenceServerException as error:
             raise translate_error(error) from None
@@ -272,7 +279,7 @@ class TritonEngine:
         """Read the index and the configurations."""
         try:
             index = await replica.client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
-            seen = sorted((m.name, m.version, m.state, m.reason) for m in index.models)
+            seen = sorted((m.name, m.version, m.state, FOLDERS.sub("", m.reason)) for m in index.models)
             # The configurations too, each time: a restart may bring other weights under the same index.
             replica.models = await self._read_models(replica, seen)
             if replica.seen is None:
@@ -365,4 +372,4 @@ def _checked(array: np.ndarray | None, name: str, count: int, entry: Entry) -> n
 
 
 def _text(error: InferenceServerException) -> str:
-    return str(error.message()).strip()[:300]
+    return FOLDERS.sub("", str(error.message())).strip()[:300]

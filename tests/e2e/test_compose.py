@@ -244,7 +244,8 @@ def test_every_setting_reaches_the_gateway() -> None:
     """But those that the image fixes, and those of the embedded engine alone."""
     fixed = {"host", "port"}
     embedded = {"model_repository", "max_batch", "max_delay_ms", "device", "precision"}
-    passed = compose_file()["services"]["gateway"]["environment"]
+    environment = compose_file()["services"]["gateway"]["environment"]
+    passed = {name: value for name, value in environment.items() if name.startswith("PRG_")}
     assert passed.keys() == {
         f"PRG_{name.upper()}" for name in Settings.model_fields.keys() - fixed - embedded
     }

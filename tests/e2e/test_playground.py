@@ -313,3 +313,8 @@ def test_the_openapi_page(visit: Open, address: str) -> None:
     expect(page.locator(".opblock")).to_have_count(9)
     page.locator("#operations-Images-classify_classify_post").get_by_role("button").first.click()
     expect(page.get_by_text("The most probable classes of each image")).to_be_visible()
+    live = page.locator("#operations-Operations-live_health_live_get")
+    live.get_by_role("button").first.click()
+    live.get_by_role("button", name="Try it out").click()
+    live.get_by_role("button", name="Execute").click()
+    expect(live.get_by_text('"status": "live"').first).to_be_visible()

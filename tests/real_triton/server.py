@@ -39,6 +39,8 @@ class TritonServer:
         self.work = work
         self.http, self.grpc, self.metrics = free_ports(3)
         self.process: subprocess.Popen[bytes] | None = None
+        self.options: tuple[str, ...] = ()
+        """More of its command line."""
         self.log = work / "tritonserver.log"
         root = find_server()
         assert root is not None
@@ -76,6 +78,7 @@ class TritonServer:
             "--pinned-memory-pool-byte-size=0",
             "--exit-timeout-secs=5",
             "--metrics-interval-ms=200",
+            *self.options,
             *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
             *(f"--{kind}-port={getattr(self, kind)}" for kind in ("http", "grpc", "metrics")),
         ]

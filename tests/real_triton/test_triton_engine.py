@@ -244,6 +244,12 @@ def test_what_an_error_of_triton_means(status: str, text: str, kind: type[Except
     assert type(found) is kind
 
 
+def test_what_triton_says_of_its_folders_goes_no_further() -> None:
+    text = "failed to open '/models/a/1/model.pt': /opt/x: no such file; see http://host/a/b and a/b/c"
+    found = translate_error(InferenceServerException(text, "StatusCode.INTERNAL"))
+    assert "failed to open 'model.pt': x: no such file; see http://host/a/b and a/b/c" in str(found)
+
+
 async def test_the_choice_of_an_address(tmp_path: Path) -> None:
     running = TritonEngine(["a:1", "b:1", "c:1", "d:1"], None, Metrics())
     a, b, c, other = running._replicas

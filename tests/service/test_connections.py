@@ -90,6 +90,7 @@ def test_a_request_that_cannot_be_admitted_is_refused_unread(service: Service) -
         answer = connection.recv(65536)
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1\r\n" in answer
+        assert b"x-content-type-options: nosniff\r\n" in answer
         assert b"x-request-id: mine\r\n" in answer
         assert b"access-control" not in answer
         connection.sendall(body + HEALTH)

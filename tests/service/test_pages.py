@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastapi.testclient import TestClient
 import service
 from service.app import create_app
 from service.auth import new_key
+from service.headers import SECURITY
 from service.settings import Settings
 from tests.tiny import write_tiny_entry
 
@@ -38,13 +40,35 @@ def test_pages_need_no_key(client: TestClient, path: str) -> None:
 def test_a_strict_policy_and_no_stale_files(client: TestClient, path: str) -> None:
     answer = client.get(path)
     policy = answer.headers["content-security-policy"]
-    assert "default-src 'none'; script-src 'self';" in policy
+    assert "default-src 'none'; script-src 'self'; style-src 'self';" in policy
+    assert "frame-ancestors 'none'" in policy
     assert "http" not in policy
-    assert ("unsafe" in policy) == (path == "/docs")
-    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "unsafe" not in policy
+    assert answer.headers["cross-origin-opener-policy"] == "same-origin"
     again = client.get(path, headers={"If-None-Match": answer.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     assert client.head(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(
+            ("GET", path)
+            for path in ("/", "/docs", "/openapi.json", "/playground/main.js", "/models", "/nothing")
+        ),
+        *(("GET", path) for path in ("/health/live", "/metrics", "/v1/models", "/playground/none.js")),
+        *(("POST", "/embed"), ("DELETE", "/embed"), ("OPTIONS", "/embed"), ("HEAD", "/")),
+    ],
+)
+def test_every_answer_tells_browsers_to_keep_out(client: TestClient, method: str, path: str) -> None:
+    headers = client.request(method, path, headers={"Origin": "http://other.example"}).headers
+    for name, value in SECURITY:
+        assert headers.get_list(name.decode()) == [value.decode()] or name == b"content-security-policy"
+    [policy] = headers.get_list("content-security-policy")
+    assert policy.startswith("default-src 'none'; ")
+    assert "frame-ancestors 'none'" in policy
+    assert not [name for name in headers if name.startswith("access-control-")]
 
 
 @pytest.mark.parametrize(
@@ -72,3 +96,6 @@ def test_swagger_ui_is_what_its_note_says() -> None:
     assert len(sums) == 2
     for digest, name in sums:
         assert hashlib.sha256((SERVICE / "swagger" / name).read_bytes()).hexdigest() == digest
+    component = runpy.run_path(str(SERVICE.parent / "docker" / "sbom.py"))["swagger_ui"]()
+    assert component["version"] in note
+    assert [(c["hashes"][0]["content"], c["name"]) for c in component["components"]] == sums
