@@ -16,8 +16,9 @@ from service.errors import IMAGE_NOT_DECODABLE, image_error
 
 SECONDS = 10.0
 """One image may take, from when its process begins with it."""
-MEMORY_BYTES = 2 << 30
-"""A process may take beside what it takes when idle: the largest picture allowed needs half of it."""
+MEMORY_BYTES = 1200 << 20
+"""A process may take so much beside what it takes when idle. Of the pictures allowed a WebP with alpha needs most, 960
+MB at 49 megapixels."""
 IMAGES = 100
 """After so many a process is replaced, and gives back the memory that it has kept."""
 
