@@ -101,6 +101,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         ("", PRG, ["embed", "PHOTOS", "--url", "URL", "--out", "NPY"]),
         ("search", PRG, ["embed", "PHOTOS", "--url", "URL", "--out", "PARQUET"]),
         ("search", "import examples.search", []),
+        ("search", "import prg.images.parquet", []),
         ("embedded", PRG, ["embed", "PHOTOS", "--entry", "ENTRY", "--out", "NPY"]),
         ("serve", IMPORT_ALL, ["service"]),
         ("train", IMPORT_ALL, ["entry", "prg"]),

@@ -133,3 +133,11 @@ def png(colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (40,
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def red_pictures(folder: Path, *numbers: int) -> Path:
+    """A folder of `07.png` and so on: the larger the number, the redder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"{number:02}.png").write_bytes(png((number * 8, 0, 0)))
+    return folder

@@ -1,6 +1,5 @@
 """The page in a real browser, against the real service with the shipped model."""
 
-import io
 import re
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from entry.config import read_entry
@@ -19,7 +17,7 @@ from entry.images import Limits, load_image
 from service.auth import new_key
 from service.settings import Settings
 from tests.serving import served
-from tests.tiny import write_tiny_entry
+from tests.tiny import png, write_tiny_entry
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "model_repository" / "prg-cifar10"
@@ -109,7 +107,6 @@ def pixels(page: Page) -> np.ndarray:
 
 
 def ready(page: Page) -> None:
-    """Wait until nothing is under way."""
     expect(page.locator("[aria-busy]")).to_have_count(0)
 
 
@@ -118,8 +115,7 @@ def test_a_picture_is_classified(visit: Open, address: str) -> None:
     choose(page, SCENES / "car.jpg")
     first = page.locator("#classes .bars li").first
     expect(first).to_be_visible()
-    with (SCENES / "car.jpg").open("rb") as file:
-        answer = httpx.post(f"{address}/classify", files={"files": file}).json()
+    answer = httpx.post(f"{address}/classify", files={"files": (SCENES / "car.jpg").read_bytes()}).json()
     best = answer["data"][0]["predictions"][0]
     expect(first.locator(".label")).to_have_text(best["label"])
     expect(first.locator(".percent")).to_have_text(f"{best['probability'] * 100:.1f} %")
@@ -217,8 +213,6 @@ def test_errors_are_shown_in_words(visit: Open, address: str, tmp_path: Path) ->
 
 def test_a_picture_is_pasted_and_dropped(visit: Open, address: str) -> None:
     page = visit(address)
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (90, 140, 200)).save(buffer, "PNG")
     send = """([kind, bytes, place]) => {
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(bytes)], kind + ".png", { type: "image/png" }));
@@ -227,10 +221,10 @@ def test_a_picture_is_pasted_and_dropped(visit: Open, address: str) -> None:
             ? new ClipboardEvent("paste", { ...init, clipboardData: data })
             : new DragEvent("drop", { ...init, dataTransfer: data }));
     }"""
-    page.evaluate(send, ["paste", list(buffer.getvalue()), "body"])
+    page.evaluate(send, ["paste", list(png()), "body"])
     expect(page.locator("#picture .name")).to_have_text("paste.png")
     expect(page.locator("#classes .bars li")).to_have_count(5)
-    page.evaluate(send, ["drop", list(buffer.getvalue()), "#second"])
+    page.evaluate(send, ["drop", list(png()), "#second"])
     expect(page.locator("#second .name")).to_have_text("drop.png")
     expect(page.locator("#similarity .number")).to_have_text("1.00")
     ready(page)
@@ -310,7 +304,6 @@ def test_a_key_is_asked_for(visit: Open, tmp_path: Path) -> None:
 
 def test_the_openapi_page(visit: Open, address: str) -> None:
     page = visit(f"{address}/docs")
-    expect(page.locator(".opblock")).to_have_count(9)
     page.locator("#operations-Images-classify_classify_post").get_by_role("button").first.click()
     expect(page.get_by_text("The most probable classes of each image")).to_be_visible()
     live = page.locator("#operations-Operations-live_health_live_get")

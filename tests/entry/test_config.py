@@ -2,7 +2,9 @@
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -26,6 +28,12 @@ KEYS = {
 }
 
 
+def table_of(directory: Path) -> dict[str, Any]:
+    config = text_format.Parse((directory / "config.pbtxt").read_text(), ModelConfig())
+    table: dict[str, Any] = json.loads(config.parameters["prg"].string_value)
+    return table
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_what_is_written_is_read(tmp_path: Path, head: bool) -> None:
     directory = write_tiny_entry(tmp_path, head=head, versions=("1", "2", "10"))
@@ -35,14 +43,7 @@ def test_what_is_written_is_read(tmp_path: Path, head: bool) -> None:
     assert entry.has_head == head
     assert entry.default_version == "10"
     assert list(entry.outputs()) == ["STATE", "HIDDEN", "EMBEDDING", *(["LOGITS", "KNOWN"] if head else [])]
-
-
-def test_the_parameter_has_exactly_the_keys_of_the_format(tmp_path: Path) -> None:
-    headless = {"labels", "classify_t_end"}
-    for head, keys in ((True, KEYS), (False, KEYS - headless)):
-        directory = write_tiny_entry(tmp_path, f"head-{head}", head=head)
-        config = text_format.Parse((directory / "config.pbtxt").read_text(), ModelConfig())
-        assert json.loads(config.parameters["prg"].string_value).keys() == keys
+    assert table_of(directory).keys() == KEYS - (set() if head else {"labels", "classify_t_end"})
 
 
 def test_triton_is_told_what_it_needs(tmp_path: Path) -> None:
@@ -60,12 +61,11 @@ def test_triton_is_told_what_it_needs(tmp_path: Path) -> None:
     assert {w.batch_size for w in config.model_warmup} == {1, 8, 32, 64}
 
 
-def change(directory: Path, edit: object) -> None:
+def change(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite the parameter by `edit(table)`."""
-    path = directory / "config.pbtxt"
+    path, table = directory / "config.pbtxt", table_of(directory)
+    edit(table)
     config = text_format.Parse(path.read_text(), ModelConfig())
-    table = json.loads(config.parameters["prg"].string_value)
-    edit(table)  # type: ignore[operator]
     config.parameters["prg"].string_value = json.dumps(table)
     path.write_text(text_format.MessageToString(config))
 
@@ -73,11 +73,19 @@ def change(directory: Path, edit: object) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        *((lambda t: t.pop("nfe"), "prg.nfe"), (lambda t: t.update(extra=1), "prg.extra")),
-        *((lambda t: t.update(format=1), "format 1"), (lambda t: t.update(format=3), "prg.format")),
-        *((lambda t: t.update(steps=True), "prg.steps"), (lambda t: t.update(steps=0), "prg.steps")),
-        *((lambda t: t.update(t_end=1.5), "prg.t_end"), (lambda t: t.update(t_end=float("nan")), "NaN")),
-        *((lambda t: t.update(feature="pixels"), "prg.feature"), (lambda t: t.pop("labels"), "labels")),
+        (lambda t: t.pop("nfe"), "prg.nfe"),
+        (lambda t: t.pop("labels"), "labels"),
+        (lambda t: t["features"].pop("embedding"), "'embedding'"),
+        (lambda t: t["versions"]["1"].pop("held_out"), "held_out"),
+        (lambda t: t["versions"].update({"01": t["versions"].pop("1")}), "'01'"),
+        (lambda t: t.update(extra=1), "prg.extra"),
+        (lambda t: t.update(format=1), "format 1"),
+        (lambda t: t.update(format=3), "prg.format"),
+        (lambda t: t.update(steps=True), "prg.steps"),
+        (lambda t: t.update(steps=0), "prg.steps"),
+        (lambda t: t.update(t_end=1.5), "prg.t_end"),
+        (lambda t: t.update(t_end=float("nan")), "NaN"),
+        (lambda t: t.update(feature="pixels"), "prg.feature"),
         (lambda t: t.update(labels=["a", "a", "b", "c"]), "labels"),
         (lambda t: t.update(labels=["a"]), "LOGITS"),
         (lambda t: t["image"].update(preprocessing="v1"), "prg.image.preprocessing"),
@@ -86,14 +94,11 @@ def change(directory: Path, edit: object) -> None:
         (lambda t: t["image"].update(std=[1, 0, 1]), "prg.image.std.1"),
         (lambda t: t["features"]["hidden"].update(dim=6), "HIDDEN"),
         (lambda t: t["features"]["hidden"].update(pooling=["max"]), "hidden.pooling"),
-        (lambda t: t["features"].pop("embedding"), "'embedding'"),
-        (lambda t: t["versions"]["1"].pop("held_out"), "held_out"),
         (lambda t: t["versions"]["1"]["calibration"].update(temperature=0), "temperature"),
         (lambda t: t["versions"]["1"].update(sha256="abc"), "prg.versions.1.sha256"),
-        (lambda t: t["versions"].update({"01": t["versions"].pop("1")}), "'01'"),
     ],
 )
-def test_a_wrong_parameter_is_refused_naming_file_and_key(tmp_path: Path, edit: object, named: str) -> None:
+def test_a_wrong_parameter_is_refused_naming_file_and_key(tmp_path: Path, edit: Any, named: str) -> None:
     directory = write_tiny_entry(tmp_path)
     change(directory, edit)
     with pytest.raises(EntryError) as error:
@@ -134,25 +139,21 @@ def test_a_version_that_is_gone_or_not_listed_fails_alone(tmp_path: Path) -> Non
     assert entry.failed_versions.keys() == {"2", "4"}
 
 
-def test_hidden_folders_are_no_entries(tmp_path: Path) -> None:
-    for name in (
-        ".snapshot",
-        "..2026_11_27",
-        ".ipynb_checkpoints",
-        "@eaDir",
-        "lost+found",
-        "__MACOSX",
-        "good",
-    ):
+def test_a_bad_entry_hides_no_other_and_hidden_folders_are_none(tmp_path: Path) -> None:
+    hidden = (".snapshot", "..2026_11_27", ".ipynb_checkpoints", "@eaDir", "lost+found", "__MACOSX")
+    for name in (*hidden, "bad", "good"):
         write_tiny_entry(tmp_path, name)
-    assert list(find_entries(tmp_path)) == ["good"]
+    (tmp_path / "bad" / "config.pbtxt").write_bytes(b"\xff\xfe")
+    (tmp_path / "not-an-entry").mkdir()
+    found = {name: isinstance(entry, EntryError) for name, entry in find_entries(tmp_path).items()}
+    assert found == {"bad": True, "good": False}
 
 
 def test_what_can_not_be_read_is_no_smaller_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tiny_entry(tmp_path, "closed")
-    write_tiny_entry(tmp_path, "good")
+    for name in ("closed", "good"):
+        write_tiny_entry(tmp_path, name)
     (tmp_path / "README").write_text("no folder")
     stat = Path.stat
 
@@ -176,18 +177,6 @@ def test_weights_that_differ_from_their_digest_are_refused(tmp_path: Path) -> No
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(EntryError, match=r"prg.versions.1.sha256"):
         check_weights(directory, entry, "1")
-
-
-def test_a_bad_entry_hides_no_other_and_hidden_folders_are_none(tmp_path: Path) -> None:
-    for name in (".snapshot", "bad", "good"):
-        write_tiny_entry(tmp_path, name)
-    (tmp_path / "bad" / "config.pbtxt").write_bytes(b"\xff\xfe")
-    (tmp_path / "not-an-entry").mkdir()
-    found = find_entries(tmp_path)
-    assert {name: isinstance(entry, EntryError) for name, entry in found.items()} == {
-        "bad": True,
-        "good": False,
-    }
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

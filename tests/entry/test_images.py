@@ -17,7 +17,7 @@ from entry import images, preprocessing
 from entry.config import ImageSpec
 from entry.images import FORMATS, Heavy, ImageError, Limits, image_array, load_image
 from entry.preprocessing import preprocess
-from tests.golden.preprocessing.make import picture, png, tiff
+from tests.golden.preprocessing.make import chunk, picture, png, tiff
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "preprocessing"
 SPEC = ImageSpec(size=32, resize=32, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -145,11 +145,6 @@ def test_what_could_only_be_guessed_is_refused(data: bytes) -> None:
     assert_error(failure(data), 422, "Image not usable")
 
 
-@pytest.mark.parametrize("data", [tiff(of(10, GREY), 10, 1), tiff(of(8, SHARES, RGB), 8, 2, t338=[0] * 4)])
-def test_a_tiff_that_pillow_does_not_open_is_called_so(data: bytes) -> None:
-    assert_error(failure(data), 422, "Image not decodable")
-
-
 def profile(space: bytes) -> bytes:
     """A colour profile of this space that would turn everything dark."""
     kinds = {b"GRAY": (b"kTRC",), b"RGB ": (b"rTRC", b"gTRC", b"bTRC")}.get(space, ())
@@ -179,30 +174,29 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 @pytest.mark.parametrize("space", [b"RGB ", b"GRAY", b"CMYK", b"Lab "])
 @pytest.mark.parametrize(
-    ("mode", "kind", "own"),
+    ("kind", "own", "modes"),
     [
-        *(("RGB", "JPEG", b"RGB "), ("RGB", "PNG", b"RGB "), ("RGBA", "PNG", b"RGB "), ("P", "PNG", b"RGB ")),
-        *(("RGB", "WEBP", b"RGB "), ("RGB", "TIFF", b"RGB "), ("L", "JPEG", b"GRAY"), ("L", "PNG", b"GRAY")),
-        *(("LA", "PNG", b"GRAY"), ("I;16", "PNG", b"GRAY"), ("1", "PNG", b"GRAY")),
-        *(("CMYK", "JPEG", b"CMYK"), ("LAB", "TIFF", None)),
+        ("JPEG", b"RGB ", ["RGB"]),
+        ("PNG", b"RGB ", ["RGB", "RGBA", "P"]),
+        ("WEBP", b"RGB ", ["RGB"]),
+        ("TIFF", b"RGB ", ["RGB"]),
+        ("JPEG", b"GRAY", ["L"]),
+        ("PNG", b"GRAY", ["L", "LA", "I;16", "1"]),
+        ("JPEG", b"CMYK", ["CMYK"]),
+        ("TIFF", None, ["LAB"]),
     ],
 )
 def test_only_a_profile_of_the_pictures_own_colour_space_counts(
-    mode: str, kind: str, own: bytes | None, space: bytes
+    kind: str, own: bytes | None, modes: list[str], space: bytes
 ) -> None:
-    own_colours = {"I;16": 30_000, "LAB": (120, 0, 0)}
-    image = Image.new(mode if mode in own_colours else "RGB", (32, 32), own_colours.get(mode, (120,) * 3))
-    image = image if mode in own_colours else image.convert(mode)
-    plain = load_image(saved(image, kind), SPEC)
-    found = load_image(saved(image, kind, icc_profile=profile(space)), SPEC)
-    # Black and white stay what they are; a profile of inks without a table of colours is broken.
-    counts = space == own and mode not in ("1", "CMYK")
-    assert (difference(found, plain) > 20) == counts
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for mode in modes:
+        own_colours = {"I;16": 30_000, "LAB": (120, 0, 0)}
+        image = Image.new(mode if mode in own_colours else "RGB", (32, 32), own_colours.get(mode, (120,) * 3))
+        image = image if mode in own_colours else image.convert(mode)
+        plain = load_image(saved(image, kind), SPEC)
+        found = load_image(saved(image, kind, icc_profile=profile(space)), SPEC)
+        # Black and white stay what they are; a profile of inks without a table of colours is broken.
+        assert (difference(found, plain) > 20) == (space == own and mode not in ("1", "CMYK")), mode
 
 
 def test_a_grey_picture_that_pillow_opens_as_colours_keeps_its_profile() -> None:
@@ -289,8 +283,12 @@ def test_too_many_pixels_are_refused_by_the_header_and_too_many_bytes_before() -
 @pytest.mark.parametrize(
     ("data", "title"),
     [
-        *((b"", "Empty image"), (b"hello, this is text", "Not an image"), (RED[:45], "Image not decodable")),
-        *((RED[:20], "Image not decodable"), (b"<!DOCTYPE html><html></html>", "Not an image")),
+        (b"", "Empty image"),
+        (b"hello, this is text", "Not an image"),
+        (RED[:20], "Image not decodable"),
+        (RED[:45], "Image not decodable"),
+        (tiff(of(10, GREY), 10, 1), "Image not decodable"),
+        (tiff(of(8, SHARES, RGB), 8, 2, t338=[0] * 4), "Image not decodable"),
     ],
 )
 def test_what_is_no_image(data: bytes, title: str) -> None:
@@ -300,11 +298,14 @@ def test_what_is_no_image(data: bytes, title: str) -> None:
 @pytest.mark.parametrize(
     ("start", "name"),
     [
-        *((b"%PDF-1.7 ...", "PDF"), (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG")),
+        (b"%PDF-1.7 ...", "PDF"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         (b"P6 1 1 255 abc", "PNM"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", "a video"),
-        *((b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"), (b"\x1aE\xdf\xa3\x01\0\0\0", "a video")),
-        *((b"\xff\x0a\xfa\x1f", "JPEG XL"), (bytes.fromhex("0000000c4a584c200d0a870a"), "JPEG XL")),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"),
+        (b"\x1aE\xdf\xa3\x01\0\0\0", "a video"),
+        (b"\xff\x0a\xfa\x1f", "JPEG XL"),
+        (bytes.fromhex("0000000c4a584c200d0a870a"), "JPEG XL"),
         *((saved(Image.new("RGB", (16, 16)), kind), kind[:4]) for kind in ("ICO", "JPEG2000", "DDS")),
     ],
 )
@@ -373,11 +374,6 @@ def test_what_is_heavy(data: bytes, heavy: bool) -> None:
             load_image(data, SPEC, light_only=True)
     else:
         assert (load_image(data, SPEC, light_only=True) == load_image(data, SPEC)).all()
-
-
-def test_a_format_that_pillow_knows_and_we_do_not_take() -> None:
-    for kind in ("ICO", "JPEG2000", "PPM", "DDS"):
-        assert failure(saved(Image.new("RGB", (16, 16)), kind)).status == 415, kind
 
 
 @pytest.mark.parametrize(

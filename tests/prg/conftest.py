@@ -17,6 +17,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def entry(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
+    return exported(run, tmp_path_factory.mktemp("models") / "mine")
+
+
+@pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on photos without a test split, too few for an embedding, and its entry."""
     folder = tmp_path_factory.mktemp("home")

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +32,8 @@ FACTS = Facts(
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "a" / "c.safetensors"
-    tensors = {
-        "model.w": torch.randn(3, 4).t(),
-        "average.w": torch.zeros(()),
-        "model.b": torch.ones(2).bfloat16(),
-    }
+    tensors = {"model.w": torch.randn(3, 4).t(), "average.w": torch.zeros(())}
+    tensors["model.b"] = torch.ones(2).bfloat16()
     save_checkpoint(path, Checkpoint(tensors, FACTS))
     found = load_checkpoint(path)
     assert found.facts == FACTS
@@ -70,36 +68,36 @@ def test_what_can_not_be_used_is_named(tmp_path: Path) -> None:
     refused()
 
 
-@pytest.mark.parametrize("version", ["1", FORMAT])
-def test_facts_of_another_version_are_refused(tmp_path: Path, version: str) -> None:
+def test_facts_of_another_version_are_refused(tmp_path: Path) -> None:
     """A key that is missing must not become its default, nor an old format be guessed at."""
     path, table = tmp_path / "c.safetensors", FACTS.model_dump(mode="json")
-    recipe = {k: v for k, v in table["recipe"].items() if k != "serve"}
-    older = [{k: v for k, v in table.items() if k != "held_out"}, table | {"recipe": recipe}]
-    for facts in older if version == FORMAT else [table]:
+    recipe, data = table["recipe"], table["recipe"]["data"]
+
+    def write(facts: dict[str, Any], version: str = FORMAT) -> None:
         save_file({"w": torch.ones(1)}, path, {"format": version, "prg": json.dumps(facts)})
+
+    def without(table: dict[str, Any], *keys: str) -> dict[str, Any]:
+        return {k: v for k, v in table.items() if k not in keys}
+
+    for facts, version in (
+        (table, "1"),
+        (without(table, "held_out"), FORMAT),
+        (table | {"recipe": without(recipe, "serve")}, FORMAT),
+    ):
+        write(facts, version)
         with pytest.raises(CheckpointError, match=re.escape(str(path))):
             read_facts(path)
-    save_file({"w": torch.ones(1)}, path, {"format": FORMAT, "prg": json.dumps(table)})
+    # As from before columns had names.
+    write(table | {"recipe": recipe | {"data": without(data, "image_column", "label_column")}})
     assert read_facts(path) == FACTS
 
 
-def test_facts_from_before_columns_had_names_are_read(tmp_path: Path) -> None:
-    path, table = tmp_path / "c.safetensors", FACTS.model_dump(mode="json")
-    for key in ("image_column", "label_column"):
-        del table["recipe"]["data"][key]
-    save_file({"w": torch.ones(1)}, path, {"format": FORMAT, "prg": json.dumps(table)})
-    assert read_facts(path) == FACTS
-
-
-@pytest.mark.parametrize(
-    ("tensors", "named"),
-    [
-        ({"weight": torch.ones(2, 2)}, "bias"),
-        ({"weight": torch.ones(2, 2), "bias": torch.ones(3)}, r"bias: \(3,\).*\(2,\)"),
-        ({"weight": torch.ones(2, 2), "bias": torch.ones(2), "other": torch.ones(1)}, "other"),
-    ],
-)
-def test_loading_is_strict(tensors: dict[str, torch.Tensor], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
-        load_strictly(torch.nn.Linear(2, 2), tensors, Path("c.safetensors"))
+def test_loading_is_strict() -> None:
+    weight, bias = torch.ones(2, 2), torch.ones(2)
+    for tensors, named in (
+        ({"weight": weight}, "bias"),
+        ({"weight": weight, "bias": torch.ones(3)}, r"bias: \(3,\).*\(2,\)"),
+        ({"weight": weight, "bias": bias, "other": bias}, "other"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            load_strictly(torch.nn.Linear(2, 2), tensors, Path("c.safetensors"))

@@ -32,7 +32,6 @@ RED, BLUE = png(), png((0, 0, 255))
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
-    """Of a service on a tiny entry."""
     write_tiny_entry(tmp_path / "models")
     with (
         served(Settings(model_repository=tmp_path / "models")) as address,
@@ -43,15 +42,28 @@ def client(tmp_path: Path) -> Iterator[Client]:
 
 def test_embeddings_of_many_images_in_order(client: Client, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(BLUE)
-    images = [RED, tmp_path / "a.png", str(tmp_path / "a.png"), b"text", *([RED, BLUE] * 35)]
+    images = [
+        RED,
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        b"text",
+        *([RED, BLUE] * 35),
+        tmp_path / "none",
+    ]
     found = client.embed(images, t_end=0.5)
-    assert found.vectors.shape == (74, 4)
-    assert found.vectors.dtype == np.float32
+    assert (found.vectors.shape, found.vectors.dtype, len(found.fingerprint)) == ((75, 4), np.float32, 12)
     assert found.vectors[0] == pytest.approx([1, 0, 0, 0.5])
     assert found.vectors[[1, 2, 73]] == pytest.approx(np.array([[0, 0, 1, 0.5]] * 3))
-    assert list(found.errors) == [3]
-    assert np.isnan(found.vectors[3]).all()
-    assert len(found.fingerprint) == 12
+    assert list(found.errors) == [3, 74]
+    assert "none" in found.errors[74]
+    assert np.isnan(found.vectors[[3, 74]]).all()
+
+
+def test_one_image_in_each_form(client: Client, tmp_path: Path) -> None:
+    path, pixels = tmp_path / "a.png", np.full((32, 32, 3), (255, 0, 0), np.uint8)
+    path.write_bytes(RED)
+    for image in (path, str(path), RED, pixels, Image.fromarray(pixels)):
+        assert client.embed(image).vectors == pytest.approx(np.array([[1, 0, 0, 0.8]]), abs=1e-5)
 
 
 def test_levels_features_classes_and_models(client: Client) -> None:
@@ -60,8 +72,7 @@ def test_levels_features_classes_and_models(client: Client) -> None:
     assert np.linalg.norm(found.vectors, axis=2) == pytest.approx(np.ones((2, 3)), abs=1e-5)
     classes = client.classify([BLUE, b"text"], top_k=2)
     assert [p.label for p in classes.predictions[0]] == ["blue", "late"]
-    assert classes.predictions[1] == []
-    assert list(classes.errors) == [1]
+    assert (classes.predictions[1], list(classes.errors)) == ([], [1])
     assert client.models()["default"] == "tiny"
     of_another_call = (i for i in [RED, BLUE] if client.classify([i]).predictions[0][0].label == "blue")
     assert client.embed(of_another_call, t_end=0.5).vectors.tolist() == [pytest.approx([0, 0, 1, 0.5])]
@@ -123,36 +134,41 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *steps: Any) -> tuple[Client, list
 
 
 def test_it_waits_as_long_as_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusal = httpx.ConnectError("refused")
-    steps = [(503, {"Retry-After": "7"}), (429, {"Retry-After": "9999"}), refusal, (503, {}), (200, {})]
-    found, waited = scripted(monkeypatch, *steps)
-    assert found.models()["default"] == "x"
-    assert waited == [7, 60, 1, 2]
-
-
-def test_a_proxy_may_ask_by_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
-    dates = [format_datetime(datetime.fromtimestamp(1_700_000_000 + s, UTC), usegmt=True) for s in (12, -9)]
-    steps = [*((503, {"Retry-After": date}) for date in dates), (503, {"Retry-After": "soon"}), (200, {})]
-    found, waited = scripted(monkeypatch, *steps)
-    found.models()
-    assert waited == [12, 0, 1]
+    soon, past = (
+        format_datetime(datetime.fromtimestamp(1_700_000_000 + s, UTC), usegmt=True) for s in (12, -9)
+    )
+    steps: list[Any] = [(503, {"Retry-After": after}) for after in ("7", "9999", soon, past, "later")]
+    steps.insert(2, httpx.ConnectError("refused"))
+    found, waited = scripted(monkeypatch, *steps, (200, {}))
+    assert found.models()["default"] == "x"
+    assert waited == [7, 60, 1, 12, 0, 8]
+
+
+def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for status, attempts in ((503, 7), *((status, 1) for status in (400, 401, 403, 404, 422, 500, 504))):
+        found, waited = scripted(monkeypatch, *[(status, {})] * attempts)
+        with pytest.raises(ServiceError, match=f"^{status}"):
+            found.models()
+        assert len(waited) == attempts - 1
+    found, waited = scripted(monkeypatch, *[httpx.ConnectError("refused")] * 7)
+    with pytest.raises(NoServiceError, match="http://service/models"):
+        found.models()
+    assert sum(waited) < 2
 
 
 def test_an_image_larger_than_a_request_may_be_fails_alone() -> None:
     def service(request: httpx.Request) -> httpx.Response:
         if len(request.content) > REQUEST_BYTES:
             return httpx.Response(413, json={"detail": "at most 100,000 bytes"})
-        facts = {"model": "m", "fingerprint": "f", "dim": 1}
-        return httpx.Response(200, json=facts | {"data": [{"index": 0, "embedding": "AACAPw=="}]})
+        return answer(request)
 
-    found = client_of(service)
-    answer = found.embed([RED, bytes(REQUEST_BYTES), BLUE])
-    assert list(answer.errors) == [1]
-    assert "100,000 bytes" in answer.errors[1]
-    assert answer.vectors[[0, 2], 0].tolist() == [1, 1]
+    found = client_of(service).embed([b"image 1.", bytes(REQUEST_BYTES), b"image 2."])
+    assert list(found.errors) == [1]
+    assert "100,000 bytes" in found.errors[1]
+    assert found.vectors[[0, 2], 0].tolist() == [1, 2]
     with pytest.raises(ServiceError, match="413"):
-        found.embed([bytes(REQUEST_BYTES)])
+        client_of(service).embed([bytes(REQUEST_BYTES)])
 
 
 def answer(request: httpx.Request, fingerprint: str = "f") -> httpx.Response:
@@ -226,26 +242,6 @@ def test_the_first_failure_ends_the_others() -> None:
     assert len(asked) == 4
 
 
-async def test_the_first_failure_cancels_the_others_of_asyncio() -> None:
-    asked, cancelled = [], []
-
-    async def service(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
-        if len(asked) == 3:
-            return httpx.Response(422, json={"detail": "no such option"})
-        try:
-            await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            cancelled.append(request)
-            raise
-        return answer(request)
-
-    async with async_client_of(httpx.MockTransport(service), concurrency=3) as found:
-        with pytest.raises(ServiceError, match="^422"):
-            await found.embed(numbered(1000))
-    assert (len(asked), len(cancelled)) == (3, 2)
-
-
 def test_answers_of_two_models_are_not_mixed() -> None:
     def service(request: httpx.Request) -> httpx.Response:
         return answer(request, "old" if b"image 0." in request.content else "new")
@@ -267,16 +263,13 @@ def test_levels_count_as_rows_of_a_request() -> None:
     assert max(sizes) * 8 <= REQUEST_ROWS
 
 
-async def test_an_error_of_the_images_themselves_is_raised_as_it_is() -> None:
+def test_an_error_of_the_images_themselves_is_raised_as_it_is() -> None:
     def broken() -> Iterator[bytes]:
         yield from numbered(100)
         raise LookupError("no more")
 
     with pytest.raises(LookupError):
         client_of(answer).embed(broken())
-    async with async_client_of(httpx.MockTransport(answer)) as found:
-        with pytest.raises(LookupError):
-            await found.embed(broken())
 
 
 def test_a_client_that_nobody_closes_lets_the_program_end_and_needs_no_torch() -> None:
@@ -291,16 +284,6 @@ def test_an_address_without_a_scheme_is_an_error_at_once(url: str) -> None:
             kind(url)
 
 
-def test_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = scripted(monkeypatch, *[(503, {})] * 7)
-    with pytest.raises(ServiceError, match="^503"):
-        found.models()
-    found, waited = scripted(monkeypatch, *[httpx.ConnectError("refused")] * 7)
-    with pytest.raises(NoServiceError, match="http://service/models"):
-        found.models()
-    assert sum(waited) < 2
-
-
 def test_proxies_are_not_for_this_machine(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     address = str(client._http.base_url)
     for name in ("ALL_PROXY", "http_proxy"):
@@ -309,23 +292,3 @@ def test_proxies_are_not_for_this_machine(client: Client, monkeypatch: pytest.Mo
         assert found.models()["default"] == "tiny"
     with pytest.raises(PrgError, match="NO_PROXY"):
         Client("http://elsewhere")
-
-
-def test_one_image_in_each_form(client: Client, tmp_path: Path) -> None:
-    path, pixels = tmp_path / "a.png", np.full((32, 32, 3), (255, 0, 0), np.uint8)
-    path.write_bytes(RED)
-    one = client.embed(path).vectors
-    assert one.shape == (1, 4)
-    for image in (str(path), RED, pixels, Image.fromarray(pixels)):
-        assert np.allclose(client.embed(image).vectors, one, atol=1e-5)
-    found = client.embed([RED, tmp_path / "missing.png", BLUE])
-    assert np.isnan(found.vectors).all(1).tolist() == [False, True, False]
-    assert "missing.png" in found.errors[1]
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 504])
-def test_other_errors_are_not_tried_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    found, waited = scripted(monkeypatch, (status, {}))
-    with pytest.raises(ServiceError, match=str(status)):
-        found.models()
-    assert waited == []

@@ -17,7 +17,7 @@ from prg.embed import partitions
 from prg.embed.cluster import OnRay
 from prg.embed.local import Local
 from prg.embed.outputs import Job, check, embed, read_file
-from tests.tiny import png, write_tiny_entry
+from tests.tiny import red_pictures, write_tiny_entry
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers don't know this module
 
@@ -37,38 +37,33 @@ class Killed(Local):
 
 
 class Broken(Local):
-    """Can't go on."""
-
     def prepare(self, content: bytes) -> np.ndarray:
         raise RuntimeError("a bug")
 
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Forty images, one of them none, in groups of about eight."""
+    """Thirty images, one of them none, in groups of about eight."""
     monkeypatch.setattr(partitions, "ROWS", 8)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(40):
-        (folder / f"{i:02}.png").write_bytes(png((i * 6, 0, 0)) if i else b"no image")
+    folder = red_pictures(tmp_path / "photos", *range(30))
+    (folder / "00.png").write_bytes(b"no image")
     return folder
 
 
 def test_a_worker_that_is_killed_costs_no_row(photos: Path, tmp_path: Path) -> None:
-    entry, marker, out = write_tiny_entry(tmp_path / "models"), tmp_path / "killed", str(tmp_path / "vectors")
-    job = Job([str(photos)], out)
+    entry, marker, out = write_tiny_entry(tmp_path / "models"), tmp_path / "killed", tmp_path / "vectors"
+    job = Job([str(photos)], str(out))
     check(job)
     make = partial(Killed, entry, marker)
-    done = embed(job, Local(entry), OnRay(out, make))
+    done = embed(job, Local(entry), OnRay(str(out), make))
     assert marker.exists()
-    assert (done.complete, done.summary.images, done.summary.failed) == (True, 40, 1)
-    embed(Job([str(photos)], str(tmp_path / "here.npy")), Local(entry))
-    there, here = ((rows.ids, rows.vectors) for _, rows in map(read_file, (Path(out), tmp_path / "here.npy")))
-    assert sorted(there[0]) == sorted(here[0])
-    order = [there[0].index(name) for name in here[0]]
-    assert np.allclose(there[1][order], here[1], atol=1e-6, equal_nan=True)
-    assert embed(job, Local(entry), OnRay(out, make)).summary.computed == 0
+    assert (done.complete, done.summary.images, done.summary.failed) == (True, 30, 1)
+    _, rows = read_file(out)
+    assert sorted(Path(name).stem for name in rows.ids) == [f"{i:02}" for i in range(30)]
+    reds = [int(Path(name).stem) * 8 / 255 or np.nan for name in rows.ids]
+    assert rows.vectors[:, 0] == pytest.approx(reds, abs=1e-6, nan_ok=True)
+    assert embed(job, Local(entry), OnRay(str(out), make)).summary.computed == 0
 
 
 def test_a_failure_in_a_worker_is_the_job_s(photos: Path, tmp_path: Path) -> None:

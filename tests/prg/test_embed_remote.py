@@ -1,6 +1,5 @@
 """`prg embed` from and to URLs, against a server that speaks S3."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,18 +19,15 @@ from tests.tiny import png, write_tiny_entry
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    moto = ThreadedMotoServer("127.0.0.1", port)
+    moto = ThreadedMotoServer("127.0.0.1", 0)
     moto.start()
-    yield f"http://127.0.0.1:{port}"
+    host, port = moto.get_host_and_port()
+    yield f"http://{host}:{port}"
     moto.stop()
 
 
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """An empty bucket."""
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "test")
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
@@ -60,21 +56,17 @@ def rows_of(out: str) -> dict[str, list[float]]:
 
 
 def test_a_bucket_in_and_out(bucket: str, tmp_path: Path) -> None:
-    entry, out = write_tiny_entry(tmp_path), f"{bucket}/vectors/"
-    with fsspec.open_files([f"{bucket}/photos/a/{i}.png" for i in range(5)], "wb") as files:
-        for i, file in enumerate(files):
-            file.write(png((i * 8, 0, 0)))
-    with fsspec.open(f"{bucket}/photos/.thumbnails/1.png", "wb") as file:
-        file.write(png())
-    photos = f"{bucket}/photos"
+    entry, photos, out = write_tiny_entry(tmp_path), f"{bucket}/photos", f"{bucket}/vectors/"
+    store = fsspec.filesystem("s3")
+    for i in range(5):
+        store.pipe(f"{photos}/a/{i}.png", png((i * 8, 0, 0)))
+    store.pipe(f"{photos}/.thumbnails/1.png", png())
     assert run(entry, out, photos).summary.computed == 5
     rows = rows_of(out)
     assert rows.keys() == {f"{photos}/a/{i}.png" for i in range(5)}
     assert rows[f"{photos}/a/3.png"] == pytest.approx([24 / 255, 0, 0, 0.8])
 
-    with fsspec.open(f"{photos}/a/3.png", "wb") as file:
-        file.write(png((80, 0, 0)))
-    store = fsspec.filesystem("s3")
+    store.pipe(f"{photos}/a/3.png", png((80, 0, 0)))
     store.rm(f"{photos}/a/4.png")
     store.invalidate_cache()
     assert run(entry, out, photos).summary.computed == 1
@@ -84,8 +76,7 @@ def test_a_bucket_in_and_out(bucket: str, tmp_path: Path) -> None:
 
 def test_patterns_and_single_objects(bucket: str) -> None:
     for name in ("a/1.png", "a/2.jpg", "b/3.png", "b/4.txt"):
-        with fsspec.open(f"{bucket}/{name}", "wb") as file:
-            file.write(png())
+        fsspec.filesystem("s3").pipe(f"{bucket}/{name}", png())
     assert find([f"{bucket}/*/*.png"]).files == [f"{bucket}/a/1.png", f"{bucket}/b/3.png"]
     assert find([f"{bucket}/a/1.png"]).files == [f"{bucket}/a/1.png"]
     for nothing in (f"{bucket}/none/", f"{bucket}/*.gif", "s3://no-such-bucket/"):

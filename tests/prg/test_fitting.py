@@ -44,8 +44,7 @@ def test_an_embedding_has_uncorrelated_numbers_each_with_the_root_of_its_spread(
 
 
 def test_directions_are_those_of_most_variance_with_the_largest_component_positive() -> None:
-    x = torch.randn(500, 30, generator=torch.Generator().manual_seed(1)).double()
-    x = x * torch.linspace(1, 4, 30)
+    x = torch.randn(500, 30, generator=torch.Generator().manual_seed(1)).double() * torch.linspace(1, 4, 30)
     x = x - x.mean(0)
     directions, variances = principal(x, 5)
     assert torch.allclose((x @ directions.t()).var(0, correction=0), variances)
@@ -68,16 +67,6 @@ def test_whole_numbers_of_8_bits_hardly_turn_a_vector() -> None:
     assert cosine.min() > 0.999
 
 
-def test_what_is_constant_is_left_out() -> None:
-    hidden = correlated(200, 30)
-    hidden[:, 3], hidden[:, 7] = 5.0, 0.0
-    projection = fit_projection(hidden)
-    moved = hidden.clone()
-    moved[:, 3] += 100
-    assert torch.equal(projection(moved), projection(hidden))
-    assert bool(projection(hidden).isfinite().all())
-
-
 @pytest.mark.parametrize(
     "features", [torch.randn(63, 10), torch.full((100, 10), 0.3), torch.full((100, 10), np.nan)]
 )
@@ -91,11 +80,10 @@ def test_an_export_of_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
     projection = fit_projection(torch.randn(64, encoder.hidden_dim))
     projection.scale[3] = np.nan
     image = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
+    extractor, new = Extractor(encoder, image, projection), tmp_path / "new"
     with pytest.raises(ExportError, match="projection.scale"):
-        export(
-            Extractor(encoder, image, projection), Export(image, 0.8, "embedding", {}, None), tmp_path / "new"
-        )
-    assert not (tmp_path / "new").exists()
+        export(extractor, Export(image, 0.8, "embedding", {}, None), new)
+    assert not new.exists()
 
 
 def test_known_is_minus_the_distance_to_the_nearest_class_mean() -> None:
@@ -103,6 +91,9 @@ def test_known_is_minus_the_distance_to_the_nearest_class_mean() -> None:
     familiarity = fit_familiarity(embedding, torch.tensor([0, 0, 2]), 3)
     known = familiarity(torch.tensor([[1.0, 3.0], [10.0, 1.0]]))
     assert known.flatten().tolist() == pytest.approx([-3, 0], abs=1e-3)
+    found = calibrate(np.eye(2)[[0, 1] * 50], np.array([0, 1] * 50), np.linspace(-3, -1, 100))
+    assert (found.images, len(found.known_quantiles)) == (100, 101)
+    assert found.known_quantiles[::50] == pytest.approx((-3, -2, -1))
 
 
 @pytest.mark.parametrize("right", [0.4, 1.0, 3.0])
@@ -121,26 +112,20 @@ def test_a_head_that_is_right_a_few_times_is_not_certain() -> None:
     assert many < few
 
 
-def test_directions_without_variance_say_nothing() -> None:
-    torch.manual_seed(0)
-    embedding = fit_projection(torch.randn(400, 10) @ torch.randn(10, 100))
-    found = embedding(torch.randn(50, 10) @ torch.randn(10, 100))
-    assert found.shape == (50, 100)
-    assert float(found[:, 10:].abs().max()) == 0
-
-
-def test_quantiles_of_known() -> None:
-    found = calibrate(np.eye(2)[[0, 1] * 50], np.array([0, 1] * 50), np.linspace(-3, -1, 100))
-    assert (found.images, len(found.known_quantiles)) == (100, 101)
-    assert found.known_quantiles[::50] == pytest.approx((-3, -2, -1))
+def test_what_is_constant_and_directions_without_variance_say_nothing() -> None:
+    hidden = correlated(200, 30)
+    hidden[:, 3], hidden[:, 7] = 5.0, 0.0
+    projection = fit_projection(hidden)
+    moved = hidden.clone()
+    moved[:, 3] += 100
+    assert torch.equal(projection(moved), projection(hidden))
+    assert bool(projection(hidden).isfinite().all())
+    few = torch.randn(400, 10, generator=torch.Generator().manual_seed(0)) @ torch.randn(10, 100)
+    assert float(fit_projection(few)(few)[:, 10:].abs().max()) == 0
 
 
 def test_a_sample_has_as_many_of_each_class_while_they_last() -> None:
-    labels = np.repeat([0, 1, 2], [5, 50, 100])
-    rows = np.arange(155)
-    images = Images(
-        rows[:, None, None, None].astype(np.uint8), labels, ("a", "b", "c"), rows.astype(np.uint64)
-    )
-    some = sample_evenly(images, 45)
+    labels, rows = np.repeat([0, 1, 2], [5, 50, 100]), np.arange(155)
+    some = sample_evenly(Images(rows, labels, ("a", "b", "c"), rows.astype(np.uint64)), 45)
     assert np.bincount(some.labels).tolist() == [5, 20, 20]  # type: ignore[arg-type]
     assert np.array_equal(np.unique(some.keys), some.keys)

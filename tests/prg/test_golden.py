@@ -1,6 +1,5 @@
 """The official code's numbers: network, reverse solve and head."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,9 @@ from prg.classifier import Head, HeadConfig
 from prg.encoder import Encoder, EncoderConfig, pooled_state
 from prg.importers.official import turn_time
 from prg.unet import PRESETS, UNet
+from tests.golden.fill import fill, image_batch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-sys.path.insert(0, str(GOLDEN))
-from fill import fill, image_batch  # noqa: E402
 
 CASES = {
     # file             preset    time reversed  steps  t_end             classes
@@ -50,7 +48,6 @@ def test_reproduces_the_official_numbers(case: str) -> None:
         z, reached = encoder.reverse(golden["x"], torch.full((2,), t_end))
         state = pooled_state(z)
         logits = head(state, state)  # it reads the first alone
-    torch.testing.assert_close(v, golden["v"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(z, golden["z"], atol=1e-3, rtol=0)
-    torch.testing.assert_close(logits, golden["logits"], atol=1e-3, rtol=0)
+    for name, found, bound in (("v", v, 1e-4), ("z", z, 1e-3), ("logits", logits, 1e-3)):
+        torch.testing.assert_close(found, golden[name], atol=bound, rtol=0)
     assert reached == pytest.approx([t_end] * 2)

@@ -1,7 +1,7 @@
 """The official release's checkpoints: imported, they give the numbers that the official code gives."""
 
 import pickle
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,25 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from workshop import image_folder
+from workshop import answer, exported, image_folder, largest_file, refusal
 
 from entry.config import read_entry
-from prg.checkpoint import Checkpoint, load_checkpoint, load_strictly
+from prg.checkpoint import load_checkpoint
 from prg.classifier import Head, HeadConfig
-from prg.cli import main
 from prg.encoder import Encoder, EncoderConfig
 from prg.errors import CheckpointError
-from prg.importers import imported as module
 from prg.importers.imported import write_run
 from prg.importers.official import import_official
 from prg.recipe import load_recipe
 from prg.trained import load_trained
-from prg.training.run import Run
+from prg.training.finetune import finetune
+from prg.training.run import Run, open_run
 from prg.unet import PRESETS, UNet
+from tests.golden.fill import fill
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-sys.path.insert(0, str(GOLDEN))
-from fill import fill  # noqa: E402
 
 OF_PRETRAINING = "{}model.backbone.unet."
 OF_FINETUNING = "grlEncoder.diffusionModel.model.{}model.backbone.unet."
@@ -69,14 +67,6 @@ def refused(file: Path, run: Path, settings: Settings) -> str:
     return str(error.value)
 
 
-def golden(name: str) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items() if v.ndim}
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
-    torch.testing.assert_close(found, expected, atol=bound, rtol=0)
-
-
 def test_a_fine_tuned_file_gives_the_official_state_and_logits(tmp_path: Path) -> None:
     t_end, labels = 1 - 7 / 19, [str(i) for i in range(10)]
     file = official_file(tmp_path / "GenerativeClassify_7.pt", "unet32", 10)
@@ -84,28 +74,24 @@ def test_a_fine_tuned_file_gives_the_official_state_and_logits(tmp_path: Path) -
     run = imports(file, tmp_path / "run", settings | OFFICIAL | {"finetune.t_end": [t_end]})
     model, facts = load_trained(run.finetuned)
     assert list(facts.classes) == labels
-    vectors, levels = golden("gvp32_cut8"), torch.full((2,), t_end)
-    model.eval()
+    golden = np.load(GOLDEN / "gvp32_cut8.npz")
+    x, levels = torch.from_numpy(golden["x"]), torch.full((2,), t_end)
     with torch.inference_mode():
-        z, _ = model.encoder.reverse(vectors["x"], levels)
+        z, _ = model.eval().encoder.reverse(x, levels)
         state = torch.nn.functional.adaptive_avg_pool2d(z, 16).flatten(1)
         logits = model.head(state, state)  # it reads the first alone
-    close(z, vectors["z"], 1e-3)
-    close(logits, vectors["logits"], 1e-3)
+    for name, found in (("z", z), ("logits", logits)):
+        assert np.abs(found.numpy() - golden[name]).max() < 1e-3
 
 
-@pytest.mark.parametrize(("name", "path"), [("icfm32_full", "icfm"), ("gvp32_cut8", "gvp")])
-def test_a_pretrained_file_gives_the_official_velocity(tmp_path: Path, name: str, path: str) -> None:
-    file = official_file(tmp_path / "DiffusionModel_Pretrain_7.pt", "unet32", None, "module._orig_mod.")
-    run = imports(file, tmp_path / "run", {"network": "unet32", "encoder.path": path})
-    net = UNet(run.recipe.unet).eval()
-    load_strictly(net, load_checkpoint(run.pretrained).part("average"), run.pretrained)
-    vectors = golden(name)
-    with torch.inference_mode():
-        field = Encoder(net, run.recipe.encoder).field
-        t = vectors["t"]
-        found = -field(vectors["x"], 1 - t) if path == "gvp" else field(vectors["x"], t)
-    close(found, vectors["v"], 1e-4)
+def test_a_pretrained_file_gives_its_weights(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "DiffusionModel_Pretrain_7.pt", "tiny16", None, "module._orig_mod.")
+    run = imports(file, tmp_path / "run", SMALL)
+    net = UNet(PRESETS["tiny16"]).state_dict()
+    fill({f"unet.{k}": v for k, v in net.items()})
+    found = load_checkpoint(run.pretrained).part("average")
+    assert found.keys() == net.keys()
+    assert all(torch.equal(found[k], v) for k, v in net.items())
 
 
 SMALL: Settings = {"network": "tiny16", "image.size": 16, "image.resize": 16, "data.validation": 0.5}
@@ -115,26 +101,24 @@ QUICK = {"finetune.epochs": 0.5, "finetune.batch": 8, "finetune.precision": '"fp
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["icfm", "gvp"])
 def test_it_goes_on_like_our_own(path: str, tmp_path: Path) -> None:
-    """By the commands."""
-    photos, run, tuned = image_folder(tmp_path / "photos", each=24), tmp_path / "run", tmp_path / "tuned"
+    photos, models = image_folder(tmp_path / "photos", each=24), tmp_path / "models"
     file = official_file(tmp_path / "classify.pt", "tiny16", 3, "", fill_it=False)
     settings = SMALL | QUICK | OFFICIAL | {"encoder.path": path, "data.source": f'"{photos}"'}
     recipe = ["--recipe", "images-32", *(part for k, v in settings.items() for part in ("--set", f"{k}={v}"))]
-    assert main(["import", "official", str(file), str(run), *recipe]) == 0
-    assert main(["evaluate", str(run)]) == 0
-    assert main(["export", str(run), str(tmp_path / "models" / "official")]) == 0
-    prg = read_entry(tmp_path / "models" / "official").prg
+    answer("import", "official", file, tmp_path / "run", *recipe)
+    answer("evaluate", tmp_path / "run")
+    prg = read_entry(exported(tmp_path / "run", models / "official")).prg
     assert prg.labels == ("blue", "green", "red")
     origin = prg.versions["1"].training["imported"]
     assert (origin["file"], origin["version"]) == ("classify.pt", "epoch 7")
-    assert main(["finetune", str(run)]) == 1
-    init = ["--init", str(run / "pretrain" / "checkpoint.safetensors")]
-    assert main(["finetune", str(tuned), *recipe, *init]) == 0
-    assert main(["export", str(tuned), str(tmp_path / "models" / "tuned")]) == 0
-    version = read_entry(tmp_path / "models" / "tuned").prg.versions["1"]
+    with pytest.raises(CheckpointError):
+        finetune(open_run(tmp_path / "run"))
+    tuned = open_run(tmp_path / "tuned", "images-32", recipe[3::2])
+    finetune(tuned, open_run(tmp_path / "run").pretrained)
+    version = read_entry(exported(tuned.folder, models / "tuned")).prg.versions["1"]
     assert "epoch 7, classify.pt" in version.training["history"][0]
     assert version.held_out is None
-    assert main(["import", "official", str(file), str(run), *recipe]) == 1  # it holds a run already
+    refusal("import", "official", file, tmp_path / "run", *recipe)  # it holds a run already
 
 
 class Harmful:
@@ -145,39 +129,35 @@ class Harmful:
         return Path.touch, (self.trace,)
 
 
-@pytest.mark.parametrize("protocol", ["torch", "pickle"])
-def test_no_code_of_a_file_is_run(protocol: str, tmp_path: Path) -> None:
-    file, trace = tmp_path / "harmful.pt", tmp_path / "trace"
-    if protocol == "torch":
-        torch.save({"model": Harmful(trace)}, file)
-    else:
-        file.write_bytes(pickle.dumps({"model": Harmful(trace)}))
-    refused(file, tmp_path / "run", SMALL)
+def test_no_code_of_a_file_is_run_and_a_file_of_no_tensors_is_refused(tmp_path: Path) -> None:
+    file, trace = tmp_path / "file.pt", tmp_path / "trace"
+    for write in (
+        lambda: None,
+        lambda: torch.save({"model": Harmful(trace)}, file),
+        lambda: file.write_bytes(pickle.dumps({"model": Harmful(trace)})),
+        lambda: file.write_text("no weights"),
+        lambda: torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(file)),
+    ):
+        write()
+        said = refused(file, tmp_path / "run", SMALL)
+    assert "weights_only" not in said  # of a TorchScript module torch's own words would mislead
     assert not trace.exists()
 
 
-def test_a_file_of_no_tensors_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "missing.pt", tmp_path / "run", SMALL)
-    (tmp_path / "text.pt").write_text("no weights")
-    refused(tmp_path / "text.pt", tmp_path / "run", SMALL)
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "model.pt"))
-    assert "weights_only" not in refused(tmp_path / "model.pt", tmp_path / "run", SMALL)
-
-
-@pytest.mark.parametrize(
-    ("saved", "named"),
-    [
-        *(([1, 2], "list"), ({"state_dict": {}}, "state_dict"), ({"w": torch.ones(1)}, "w")),
-        ({"model": {"conv.weight": torch.ones(1)}}, "conv.weight"),
-        ({"model": {"grlHead.classifier.0.bias": torch.ones(1)}}, "grlHead.classifier.0.bias"),
-        ({"model": {"model.backbone.unet.a": torch.ones(1), "other": torch.ones(1)}}, "other"),
-    ],
-)
-def test_another_file_is_answered_with_what_is_accepted(tmp_path: Path, saved: object, named: str) -> None:
-    torch.save(saved, tmp_path / "file.pt")
-    said = refused(tmp_path / "file.pt", tmp_path / "run", SMALL)
-    assert named in said
-    assert "model.backbone.unet." in said
+def test_another_file_is_answered_with_what_is_accepted(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    for saved, named in (
+        ([1, 2], "list"),
+        ({"state_dict": {}}, "state_dict"),
+        ({"w": one}, "w"),
+        ({"model": {"conv.weight": one}}, "conv.weight"),
+        ({"model": {"grlHead.classifier.0.bias": one}}, "grlHead.classifier.0.bias"),
+        ({"model": {"model.backbone.unet.a": one, "other": one}}, "other"),
+    ):
+        torch.save(saved, tmp_path / "file.pt")
+        said = refused(tmp_path / "file.pt", tmp_path / "run", SMALL)
+        assert named in said
+        assert "model.backbone.unet." in said
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -193,34 +173,24 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         assert named in refused(file, run, settings)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda t: {k: v * float("nan") for k, v in t.items()},
-        lambda t: {k: v.int() for k, v in t.items()},
-        lambda t: dict(enumerate(t.values())),
-    ],
-)
-def test_tensors_that_are_no_weights_are_refused(
-    spoil: Callable[[dict[str, Any]], Any], tmp_path: Path
-) -> None:
+def test_tensors_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     file = official_file(tmp_path / "file.pt", "tiny16", None)
-    torch.save({"model": spoil(torch.load(file)["model"])}, file)
-    refused(file, tmp_path / "run", SMALL)
+    whole = torch.load(file)["model"]
+    for spoiled in (
+        {k: v * float("nan") for k, v in whole.items()},
+        {k: v.int() for k, v in whole.items()},
+        dict(enumerate(whole.values())),
+    ):
+        torch.save({"model": spoiled}, file)
+        refused(file, tmp_path / "run", SMALL)
 
 
-def test_a_full_disk_leaves_no_half_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_of_a_run(tmp_path: Path) -> None:
     settings = SMALL | OFFICIAL | {"data.labels": ["a", "b", "c"]}
-    file = official_file(tmp_path / "file.pt", "tiny16", 3)
-    whole = module.save_checkpoint
-
-    def fail(path: Path, checkpoint: Checkpoint) -> None:
-        if checkpoint.facts.stage == "finetune":
-            raise OSError("no space left")
-        whole(path, checkpoint)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", fail)
-        with pytest.raises(OSError):
-            imports(file, tmp_path / "run", settings)
-    imports(file, tmp_path / "run", settings)
+    file, run = official_file(tmp_path / "file.pt", "tiny16", 3), tmp_path / "run"
+    # Of its two checkpoints the second does not fit.
+    size = imports(file, run, settings).pretrained.stat().st_size
+    shutil.rmtree(run)
+    with largest_file(size + 1000), pytest.raises((CheckpointError, OSError)):
+        imports(file, run, settings)
+    imports(file, run, settings)

@@ -85,10 +85,17 @@ def mine(tmp_path: Path) -> Path:
     return tmp_path / "mine.toml"
 
 
-def test_an_unknown_key_is_answered_with_the_known_ones(mine: Path) -> None:
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, mine: Path) -> None:
     mine.write_text(MINIMAL + "weight_decai = 1\n")
     with pytest.raises(RecipeError, match=r"finetune\.weight_decai.* weight_decay\b"):
         load_recipe(str(mine))
+    mine.write_text("= 3")
+    for name in ("none", "none.toml", str(mine)):
+        with pytest.raises(RecipeError, match=name):
+            load_recipe(name)
+    (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(RecipeError, match="recipe.json"):
+        open_run(tmp_path, None)
 
 
 def test_overrides(mine: Path) -> None:
@@ -97,16 +104,6 @@ def test_overrides(mine: Path) -> None:
     for bad in ("seed", "seed.x=1", "nothing=1", "seed=2024-01-01"):
         with pytest.raises(RecipeError, match=bad[:4]):
             load_recipe(str(mine), [bad])
-
-
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, mine: Path) -> None:
-    mine.write_text("= 3")
-    for name in ("none", "none.toml", str(mine)):
-        with pytest.raises(RecipeError, match=name):
-            load_recipe(name)
-    (tmp_path / "recipe.json").write_text("[]")
-    with pytest.raises(RecipeError, match="recipe.json"):
-        open_run(tmp_path, None)
 
 
 def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path, mine: Path) -> None:
@@ -118,12 +115,3 @@ def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path, min
     path.write_text(f'about = "other"\nextends = "{path}"\n')
     with pytest.raises(RecipeError, match="extends"):
         load_recipe(str(path))
-
-
-def test_every_row_of_the_papers_table_is_a_recipe() -> None:
-    for data in ("cifar10", "tiny-imagenet", "imagenet64"):
-        for path in ("icfm", "otcfm", "gvp"):
-            recipe = load_recipe(f"{data}-{path}")
-            assert recipe.encoder.path == path
-            assert recipe.finetune.t_end == (recipe.serve.t_end,)
-            assert (recipe.pretrain.lr, recipe.finetune.lr) == (1e-4, 1.25e-4)

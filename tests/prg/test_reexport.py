@@ -10,14 +10,14 @@ import torch
 from google.protobuf import text_format
 from torch import Tensor, nn
 from tritonclient.grpc.model_config_pb2 import ModelConfig
-from workshop import answer, evaluated, exported, image_folder, refusal
+from workshop import CHECKPOINT, answer, evaluated, exported, image_folder, refusal
 
 from entry.config import EntryError, OldFormatError, read_entry
 from entry.files import sha256
 from entry.runner import Runner
 from prg.errors import DataError
 from prg.evaluation import evaluate, record
-from prg.extractor import Normalise
+from prg.extractor import Extractor
 from prg.recipe import Data
 from prg.reexport import reexport
 from prg.trained import load_trained
@@ -67,19 +67,15 @@ def test_images_it_needs_what_they_must_be_and_its_precision(run: Path, photos: 
     assert read_entry(refitted(old, new, photos)).prg.precision == "fp16"
 
 
-class OldClassifier(nn.Module):
+class OldExtractor(nn.Module):
     """As format 1 had it: the head reads both, and HIDDEN is the means of the middle block."""
 
-    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+    def __init__(self, extractor: Extractor, width: int) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
-        self.input = "both"
-
-
-class OldExtractor(nn.Module):
-    def __init__(self, classifier: OldClassifier, normalise: Normalise, width: int) -> None:
-        super().__init__()
-        self.classifier, self.normalise, self.width = classifier, normalise, width
+        self.classifier = nn.Module()
+        self.classifier.encoder, self.classifier.head = extractor.encoder, extractor.head
+        self.classifier.input = "both"
+        self.normalise, self.width = extractor.normalise, width
 
     def forward(self, IMAGE: Tensor, T_END: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state, hidden = self.classifier.encoder(self.normalise(IMAGE), T_END.flatten())
@@ -90,16 +86,14 @@ class OldExtractor(nn.Module):
 def old_entry(run: Path, directory: Path) -> Path:
     """The run's model as an entry of format 1."""
     exported(run, directory)
-    extractor, _ = load_trained(run / "finetune" / "checkpoint.safetensors")
-    classifier = OldClassifier(extractor.encoder, extractor.head)  # type: ignore[arg-type]
-    old = OldExtractor(classifier, extractor.normalise, extractor.encoder.widths["middle_block.mean"])
+    extractor, _ = load_trained(run / "finetune" / CHECKPOINT)
+    width = extractor.encoder.widths["middle_block.mean"]
     path = directory / "1" / "model.pt"
-    torch.jit.script(old.eval()).save(str(path))
+    torch.jit.script(OldExtractor(extractor, width).eval()).save(str(path))
     config = text_format.Parse((directory / "config.pbtxt").read_text(), ModelConfig())
     table = json.loads(config.parameters["prg"].string_value)
     table["format"], table["feature"], table["image"]["preprocessing"] = 1, "hidden", "v1"
-    dim = extractor.encoder.widths["middle_block.mean"]
-    table["features"] = {"state": {"dim": 768}, "hidden": {"dim": dim, "layers": ["middle_block"]}}
+    table["features"] = {"state": {"dim": 768}, "hidden": {"dim": width, "layers": ["middle_block"]}}
     version = table["versions"]["1"]
     training = version["training"] | {"held_out": version["held_out"]}
     for key in ("network", "head_input", "fitted_on"):

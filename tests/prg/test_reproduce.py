@@ -1,19 +1,16 @@
 """A whole experiment by one command."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from workshop import SETTINGS, answer, image_folder, new_run, overrides
+from workshop import answer, image_folder, new_run, overrides
 
 from entry.config import read_entry
 from prg.commands.train import FREEZE
 from prg.errors import CheckpointError, DataError
-from prg.recipe import load_recipe
 from prg.reproduce import reproduce
-from prg.training.costs import training_flops
 
 
 def test_all_stages_then_nothing_anew(tmp_path: Path) -> None:
@@ -67,12 +64,3 @@ def test_the_dry_run_tells_all_stages_and_begins_none(tmp_path: Path) -> None:
     assert all(float(x) > 0 for name in ("pretrain", "finetune", "evaluate") for x in rows[name][2:])
     assert "TFLOP/s" in printed
     assert not run.exists()
-
-
-def test_flops_of_many_steps_are_counted_from_two() -> None:
-    recipe = load_recipe("images-32", SETTINGS)
-    counted = [
-        training_flops(recipe.model_copy(update={"encoder": replace(recipe.encoder, steps=n)}), "finetune")
-        for n in (1, 2, 3)
-    ]
-    assert counted[2] - counted[1] == counted[1] - counted[0] > 0

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
-from entry.config import read_entry, write_entry
+from entry.config import ImageSpec, read_entry, write_entry
 from entry.runner import Runner
 from prg.classifier import Head, HeadConfig
 from prg.encoder import Encoder, EncoderConfig
@@ -24,7 +25,7 @@ from prg.extractor import Extractor, Familiarity
 from prg.fitting import fit_projection
 from prg.unet import PRESETS, UNet
 from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job, ModelStatus
-from service.engines.triton import Replica, TritonEngine, translate_error
+from service.engines.triton import TritonEngine, translate_error
 from service.telemetry import Metrics
 from tests.real_triton.conftest import Serve
 from tests.real_triton.server import TritonServer
@@ -59,45 +60,35 @@ def random_images(count: int, size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
 
 
-def write_real_entry(directory: Path, head: bool) -> None:
+def write_real_entry(directory: Path) -> None:
     """An exported network, its weights random and none of them zero."""
-    import torch
-
     torch.manual_seed(0)
     net = UNet(PRESETS["tiny16"])
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     encoder = Encoder(net, EncoderConfig(steps=2, layers=("input_blocks.1", "middle_block")))
-    image = read_entry(write_tiny_entry(directory.parent, "unused", size=16)).prg.image
+    image = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
     projection = fit_projection(torch.randn(100, encoder.hidden_dim))
-    with_head = (
-        Head(encoder, HeadConfig(3, ("state", "middle_block.std"))),
-        Familiarity(torch.randn(3, len(projection.scale))),
-    )
-    extractor = Extractor(encoder, image, projection, *(with_head if head else ()))
-    labels, levels = (("a", "b", "c"), (0.7,)) if head else (None, None)
-    export(extractor, Export(image, 0.7, "embedding", {}, None, labels, levels), directory)
+    head = Head(encoder, HeadConfig(3, ("state", "middle_block.std")))
+    familiarity = Familiarity(torch.randn(3, len(projection.scale)))
+    extractor = Extractor(encoder, image, projection, head, familiarity)
+    export(extractor, Export(image, 0.7, "embedding", {}, None, ("a", "b", "c"), (0.7,)), directory)
 
 
 async def test_both_engines_agree_on_every_feature_and_on_mixed_levels(serve: Serve, tmp_path: Path) -> None:
-    write_real_entry(tmp_path / "models" / "classes", head=True)
-    write_real_entry(tmp_path / "models" / "features", head=False)
-    server = serve(tmp_path / "models")
+    write_real_entry(tmp_path / "models" / "real")
     images, levels = random_images(150, 16), np.linspace(0, 1, 150, dtype=np.float32)  # three batches
-    async with engine(server) as running:
-        for name in ("classes", "features"):
-            runner = Runner(tmp_path / "models" / name)
-            tolerance = runner.entry.prg.tolerance
-            outputs = tuple(runner.entry.outputs())
-            found = await infer(running, job(name, images, levels, *outputs))
-            expected = runner.run(images, levels)
-            for output in outputs:
-                a, b = found[output], expected[output]
-                assert a.shape == b.shape
-                relative = np.abs(a - b).max(1) / np.abs(b).max(1)
-                assert relative.max() < tolerance.relative, (name, output)
-                cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-                assert cosine.min() > tolerance.cosine, (name, output)
+    runner = Runner(tmp_path / "models" / "real")
+    tolerance, outputs = runner.entry.prg.tolerance, tuple(runner.entry.outputs())
+    async with engine(serve(tmp_path / "models")) as running:
+        found = await infer(running, job("real", images, levels, *outputs))
+    expected = runner.run(images, levels)
+    for output in outputs:
+        a, b = found[output], expected[output]
+        relative = np.abs(a - b).max(1) / np.abs(b).max(1)
+        assert relative.max() < tolerance.relative, output
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert cosine.min() > tolerance.cosine, output
 
 
 async def test_calls_one_after_the_other_do_not_stall(serve: Serve) -> None:
@@ -114,28 +105,6 @@ async def test_calls_one_after_the_other_do_not_stall(serve: Serve) -> None:
     assert len(stalled) < 2, stalled
 
 
-async def test_concurrent_requests_share_batches_in_triton(serve: Serve) -> None:
-    server = serve()
-    (server.repository / "tiny" / "slow-ms").write_text("20")
-    async with engine(server) as running:
-        before = [server.counters(f"nv_inference_{kind}")["tiny"] for kind in ("count", "exec_count")]
-        for _ in range(4):
-            calls = [job("tiny", random_images(1), np.full(1, i / 32), "HIDDEN") for i in range(32)]
-            found = await asyncio.gather(*(infer(running, call) for call in calls))
-            assert [round(float(f["HIDDEN"][0, 3]) * 32) for f in found] == list(range(32))
-        after = [server.counters(f"nv_inference_{kind}")["tiny"] for kind in ("count", "exec_count")]
-    images, executions = after[0] - before[0], after[1] - before[1]
-    assert images == 128
-    assert executions < images / 4
-
-
-def edited(directory: Path, edit: Any) -> None:
-    path = directory / "config.pbtxt"
-    config = text_format.Parse(path.read_text(), ModelConfig())
-    edit(config)
-    path.write_text(text_format.MessageToString(config))
-
-
 async def test_entries_that_are_none_are_refused_by_name_and_the_others_serve(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -145,7 +114,10 @@ async def test_entries_that_are_none_are_refused_by_name_and_the_others_serve(
         "HIDDEN": lambda c: c.output[1].dims.__setitem__(0, 7),
     }
     for name, edit in strange.items():
-        edited(write_tiny_entry(tmp_path / "models", f"without-{name}"), edit)
+        path = write_tiny_entry(tmp_path / "models", f"without-{name}") / "config.pbtxt"
+        config = text_format.Parse(path.read_text(), ModelConfig())
+        edit(config)
+        path.write_text(text_format.MessageToString(config))
     write_tiny_entry(tmp_path / "models", "good")
     async with engine(serve(tmp_path / "models")) as running:
         for name in strange:
@@ -263,7 +235,11 @@ async def test_the_choice_of_an_address(tmp_path: Path) -> None:
     asked = replace(job("m", random_images(1), np.zeros(1)), sha256="x")
     assert running._choose(asked, []) is b  # not the idle one, whose weights are others
     assert running._choose(asked, [b]) is c
-    b.failed(asyncio.get_running_loop().time())
+    now, waits = asyncio.get_running_loop().time(), []
+    for _ in range(6):
+        b.failed(now)
+        waits.append(round(b.shunned_until - now, 3))
+    assert waits == [0.5, 1.0, 2.0, 5.0, 5.0, 5.0]
     assert running._choose(asked, []) is c
     b.worked()
     assert running._choose(asked, []) is b
@@ -272,14 +248,3 @@ async def test_the_choice_of_an_address(tmp_path: Path) -> None:
     with pytest.raises(EngineUnavailable):
         running._choose(replace(asked, sha256="z"), [])
     await running.close()
-
-
-async def test_an_address_that_keeps_failing_is_avoided_for_longer() -> None:
-    replica, waits = Replica("a:1", None), []
-    for _ in range(6):
-        replica.failed(100.0)
-        waits.append(replica.shunned_until - 100.0)
-    assert waits == [0.5, 1.0, 2.0, 5.0, 5.0, 5.0]
-    replica.worked()
-    replica.failed(100.0)
-    assert replica.shunned_until == 100.5

@@ -30,20 +30,16 @@ def keys(tmp_path: Path) -> tuple[Path, str, str]:
 def test_keys_open_what_their_scopes_say(start: Start, keys: tuple[Path, str, str]) -> None:
     path, infer, metrics = keys
     client = start(api_keys_file=path)
-    basic = {"Authorization": infer}
-    strangers = (({}, 401), (bearer("wrong"), 401), (basic, 401))
-    for headers, status in (*strangers, (bearer(infer), 200), (bearer(metrics), 403)):
+    strangers: tuple[dict[str, str], ...] = ({}, bearer("wrong"), {"Authorization": infer})
+    for headers, status in (*((s, 401) for s in strangers), (bearer(infer), 200), (bearer(metrics), 403)):
         for route in ("/embed", "/classify"):
             assert client.post(route, files=IMAGE, headers=headers).status_code == status
         for route in ("/models", "/models/tiny"):
             assert client.get(route, headers=headers).status_code == status
     refused = client.post("/embed", files=IMAGE)
     assert refused.headers["www-authenticate"] == "Bearer"
-    assert refused.headers["content-type"] == "application/problem+json"
     assert client.get("/metrics", headers=bearer(infer)).status_code == 403
     assert client.get("/metrics", headers=bearer(metrics)).status_code == 200
-    for path_ in ("/health/live", "/docs", "/openapi.json"):
-        assert client.get(path_).status_code == 200
 
 
 def test_a_key_is_refused_from_the_day_it_expires(start: Start, tmp_path: Path) -> None:
@@ -88,23 +84,13 @@ def test_the_rate_is_images_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.kind is TOO_MANY_IMAGES
 
 
-def test_over_the_rate_is_429(start: Start, tmp_path: Path) -> None:
-    key, row = new_key("slow")
-    path = tmp_path / "keys.toml"
-    path.write_text(row.replace("6000", "2"))
-    client = start(api_keys_file=path)
-    assert client.post("/embed", files=IMAGE * 2, headers=bearer(key)).status_code == 200
-    refused = client.post("/embed", files=IMAGE, headers=bearer(key))
-    assert refused.status_code == 429
-    assert 1 <= int(refused.headers["retry-after"]) <= 30
-
-
 ROW = f"[[key]]\nname = 'a'\nsha256 = '{'0' * 64}'\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
+def test_a_bad_keys_file_is_refused_and_a_reload_keeps_the_old_keys(keys: tuple[Path, str, str]) -> None:
+    path, *_ = keys
+    held = Keys(path)
+    for text, named in (
         ("[[key]]\nname = 'a'", "key.0.sha256"),
         ("[[key]]\nname = 'a'\nsha256 = 'xyz'\nscopes = ['infer']", "key.0.sha256"),
         (ROW + "scopes = ['all']", "key.0.scopes"),
@@ -112,20 +98,14 @@ ROW = f"[[key]]\nname = 'a'\nsha256 = '{'0' * 64}'\n"
         ("not toml", "keys.toml"),
         (f"{ROW}scopes = ['infer']\n" * 2, "keys.toml"),
         (None, "keys.toml"),
-    ],
-)
-def test_a_bad_keys_file_is_refused_and_a_reload_keeps_the_old_keys(
-    tmp_path: Path, keys: tuple[Path, str, str], text: str | None, named: str
-) -> None:
-    path, *_ = keys
-    held = Keys(path)
-    path.unlink() if text is None else path.write_text(text)
-    for read in (lambda: Keys(path), held.reload):
-        with pytest.raises(SettingsError) as error:
-            read()
-        assert str(path) in str(error.value)
-        assert named in str(error.value)
-    assert len(held._keys) == 2
+    ):
+        path.unlink() if text is None else path.write_text(text)
+        for read in (lambda: Keys(path), held.reload):
+            with pytest.raises(SettingsError) as error:
+                read()
+            assert str(path) in str(error.value)
+            assert named in str(error.value)
+        assert len(held._keys) == 2
 
 
 def test_new_key_prints_a_row_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,8 +120,8 @@ def test_new_key_prints_a_row_that_works(tmp_path: Path, capsys: pytest.CaptureF
     assert key not in printed.out
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\x7fb", "two\nlines"])
-def test_a_key_needs_a_name_that_can_be_printed(name: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--new-key", name])
-    assert stop.value.code == 2
+def test_a_key_needs_a_name_that_can_be_printed() -> None:
+    for name in ("", " ", "a\x7fb", "two\nlines"):
+        with pytest.raises(SystemExit) as stop:
+            main(["--new-key", name])
+        assert stop.value.code == 2

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -123,14 +122,13 @@ async def test_a_batch_waits_for_company_but_not_longer_than_the_delay(tmp_path:
 async def test_who_gives_up_or_is_late_is_not_computed(tmp_path: Path) -> None:
     async with engine(tmp_path) as (running, gate):
         now = asyncio.get_running_loop().time()
-        first = await busy(running, gate)
+        await busy(running, gate)
         gone, late, stays = await waiting(running, job(0.1), job(0.2, due=now - 1), job(0.3))
         gone.cancel()
         gate.open.set()
         assert right(await stays, 0.3)
         with pytest.raises(DeadlineExceeded):
             await late
-        await first
         assert gate.batches == [[0.9], [0.3]]
 
 
@@ -145,6 +143,19 @@ async def test_a_full_queue_refuses_and_recovers(tmp_path: Path) -> None:
         assert right(await running.infer(job(0.4, 0.5)), 0.4, 0.5)
 
 
+async def test_closing_fails_what_waits(tmp_path: Path) -> None:
+    async with engine(tmp_path) as (running, gate):
+        first = await busy(running, gate)
+        [other] = await waiting(running, job(0.1))
+        closing = asyncio.create_task(running.close())
+        await asyncio.sleep(0)
+        gate.open.set()
+        await closing
+        assert right(await first, 0.9)
+        with pytest.raises(EngineUnavailable):
+            await other
+
+
 async def test_a_failing_batch_fails_its_jobs_and_no_other(tmp_path: Path) -> None:
     async with engine(tmp_path) as (running, gate):
         gate.fail = True
@@ -156,15 +167,13 @@ async def test_a_failing_batch_fails_its_jobs_and_no_other(tmp_path: Path) -> No
         assert right(await other, 0.2)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"images": np.zeros((1, 3, 8, 8), np.uint8)}, {"sha256": "0" * 64}, {"outputs": ("NOTHING",)}],
-)
-async def test_a_job_that_the_model_can_not_take_ends_nothing(tmp_path: Path, wrong: dict[str, Any]) -> None:
+async def test_a_job_that_the_model_can_not_take_ends_nothing(tmp_path: Path) -> None:
     async with engine(tmp_path, is_open=True) as (running, _):
-        with pytest.raises(EngineUnavailable):
-            await running.infer(replace(job(0.1), **wrong))
-        assert right(await running.infer(job(0.3)), 0.3)
+        wrong = {"images": np.zeros((1, 3, 8, 8), np.uint8), "sha256": "0" * 64, "outputs": ("NOTHING",)}
+        for name, value in wrong.items():
+            with pytest.raises(EngineUnavailable):
+                await running.infer(replace(job(0.1), **{name: value}))
+            assert right(await running.infer(job(0.3)), 0.3)
 
 
 async def test_weights_replaced_while_a_request_is_under_way_are_not_mixed(tmp_path: Path) -> None:
@@ -190,40 +199,25 @@ class Fussy(torch.nn.Module):
         return T_END.expand(1, 768), T_END.expand(1, 5), T_END.expand(1, 4)
 
 
-@pytest.mark.parametrize("strange", ["number", "depth", "batch"])
-async def test_the_strangest_entry_keeps_no_other_from_serving(tmp_path: Path, strange: str) -> None:
-    directory = write_tiny_entry(tmp_path, "strange", size=16, head=False)
-    config, module = directory / "config.pbtxt", directory / "1" / "model.pt"
-    if strange == "batch":
-        torch.jit.script(Fussy()).save(str(module))
-        entry = read_entry(directory)
-        version = entry.prg.versions["1"]
-        entry.prg.versions["1"] = version.model_copy(update={"sha256": sha256(module)})
-        write_entry(directory, entry)
-    else:
-        old, new = {
-            "number": ('\\"dim\\":768', '\\"dim\\":' + "9" * 20),
-            "depth": ('\\"path\\":\\"icfm\\"', '\\"path\\":' + "[" * 100_000),
-        }[strange]
+async def test_the_strangest_entry_keeps_no_other_from_serving(tmp_path: Path) -> None:
+    for strange, old, new in (
+        ("number", '\\"dim\\":768', '\\"dim\\":' + "9" * 20),
+        ("depth", '\\"path\\":\\"icfm\\"', '\\"path\\":' + "[" * 100_000),
+    ):
+        config = write_tiny_entry(tmp_path, strange, size=16) / "config.pbtxt"
         text = config.read_text()
         assert old in text
         config.write_text(text.replace(old, new))
+    directory = write_tiny_entry(tmp_path, "batch", size=16, head=False)
+    module, entry = directory / "1" / "model.pt", read_entry(directory)
+    torch.jit.script(Fussy()).save(str(module))
+    version = entry.prg.versions["1"]
+    entry.prg.versions["1"] = version.model_copy(update={"sha256": sha256(module)})
+    write_entry(directory, entry)
     async with engine(tmp_path, is_open=True) as (running, _):
-        assert not running.models()["strange"].ready
+        ready = {name: status.ready for name, status in running.models().items()}
+        assert ready == {"number": False, "depth": False, "batch": False, "tiny": True}
         assert right(await running.infer(job(0.3)), 0.3)
-
-
-async def test_closing_fails_what_waits(tmp_path: Path) -> None:
-    async with engine(tmp_path) as (running, gate):
-        first = await busy(running, gate)
-        [other] = await waiting(running, job(0.1))
-        closing = asyncio.create_task(running.close())
-        await asyncio.sleep(0)
-        gate.open.set()
-        await closing
-        assert right(await first, 0.9)
-        with pytest.raises(EngineUnavailable):
-            await other
 
 
 async def test_a_rescan_takes_new_versions_keeps_what_runs_and_survives_bad_ones(tmp_path: Path) -> None:

@@ -25,18 +25,13 @@ def test_answers_in_bf16_are_marked() -> None:
     assert found["bf16"] == ("bf16", f"{found['entry'][1]}-bf16")
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
+def test_what_is_not_there_is_refused_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    repository = write_tiny_entry(tmp_path).parent
+    for settings, named in (
         ({"device": "cuda:7"}, "PRG_DEVICE"),
         ({"device": "cpu", "engine": "triton"}, "PRG_DEVICE"),
         ({"precision": "bf16", "engine": "triton"}, "PRG_PRECISION"),
-    ],
-)
-def test_what_is_not_there_is_refused_at_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], named: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    repository = write_tiny_entry(tmp_path).parent
-    with pytest.raises(SettingsError, match=named):
-        create_app(Settings(model_repository=repository, **settings))  # type: ignore[arg-type]
+    ):
+        with pytest.raises(SettingsError, match=named):
+            create_app(Settings(model_repository=repository, **settings))  # type: ignore[arg-type]
