@@ -1,0 +1,72 @@
+"""What schemathesis can't read in the OpenAPI document: how an image looks, and what holds between two fields.
+
+Not imported by tests: the program loads it.
+"""
+
+import base64
+import os
+from typing import Any
+
+import schemathesis
+from hypothesis import strategies as st
+
+from tests.tiny import png
+
+IMAGES = st.tuples(*[st.integers(0, 255)] * 3).map(lambda colour: png(colour, (8, 8)))
+BASE64 = IMAGES.map(lambda image: base64.b64encode(image).decode())
+SHORTEST_S = 5.0
+TYPED = ("dimensions", "normalize", "return_logits", "t_end", "top_k")
+WORDS = ("0", "1", "f", "t", "n", "y", "no", "yes", "off", "on")
+
+schemathesis.openapi.format("binary", IMAGES)
+schemathesis.openapi.format("image-b64", BASE64)
+schemathesis.openapi.format("image-data_uri", BASE64.map("data:image/png;base64,{}".format))
+schemathesis.openapi.media_type("image/*", IMAGES)
+
+
+@schemathesis.auth()
+class Bearer:
+    """The service's key."""
+
+    def get(self, case: Any, context: Any) -> str:
+        return os.environ["GENERATED_KEY"]
+
+    def set(self, case: Any, key: str, context: Any) -> None:
+        case.headers["Authorization"] = f"Bearer {key}"
+
+
+@schemathesis.hook
+def filter_case(context: Any, case: Any) -> bool:
+    """Nothing that is right though the document says nothing of it: unknown headers, other words of true and false in
+    text, and in a form the text of a number or a list of one."""
+    form = case.body if isinstance(case.body, dict) and case.media_type == "multipart/form-data" else {}
+    for name, value in (*form.items(), *(case.query or {}).items()):
+        if name in ("normalize", "return_logits") and str(value).lower() in WORDS:
+            return False
+        if name in form and name != "files" and isinstance(value, list) and len(value) < 2:
+            return False
+        if name in form and name in TYPED and isinstance(value, str):
+            return False
+    return "x-schemathesis-unknown-property" not in (case.headers or {})
+
+
+@schemathesis.hook
+def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
+    """No option twice, no feature cut but the embedding, no deadline that always passes."""
+    query, headers = case.query or {}, case.headers or {}
+    body = case.body if isinstance(case.body, dict) else {}
+    for name in query.keys() & body.keys():
+        del query[name]
+    for options in (query, body) if "dimensions" in query.keys() | body.keys() else ():
+        if options.get("feature") in ("hidden", "state"):
+            options["feature"] = "embedding"
+    if 0 < number(headers.get("Request-Timeout")) < SHORTEST_S:
+        headers["Request-Timeout"] = str(SHORTEST_S)
+
+
+def number(text: Any) -> float:
+    """Its value, 0 where it has none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return 0.0
