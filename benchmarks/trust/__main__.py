@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     where = f"`make trust` at commit {commit()}, {machine()}; {minutes:.0f} minutes."
     print(f"\n{table(rows)}\n\n{where}")
     if not arguments.only:
-        PAGE.write_text(PLACE.sub(lambda _: f"{table(rows)}\n\n{where}\n", PAGE.read_text("utf-8")), "utf-8")
+        PAGE.write_text(
+            PLACE.sub(lambda _: f"\n{table(rows)}\n\n{where}\n\n", PAGE.read_text("utf-8")), "utf-8"
+        )
         facts = {
             "commit": commit(),
             "machine": machine(),

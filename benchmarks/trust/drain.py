@@ -58,7 +58,7 @@ http {{
             proxy_pass http://prg;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
-            proxy_next_upstream error timeout non_idempotent;
+            proxy_next_upstream error non_idempotent;
         }}
     }}
 }}

@@ -73,7 +73,8 @@ def judge(response: httpx.Response, colour: Colour) -> tuple[Kind, str]:
         if is_right(found, colour, version) and body["fingerprint"] == tiny_digest(version)[:12]:
             return "right", version
         return "wrong", f"{colour} was answered {body['data'][0]} by version {version}"
-    said = f"{response.status_code}: {response.text[:200]}"
+    body = response.json() if "json" in response.headers.get("content-type", "") else {}
+    said = f"{response.status_code}: {body.get('detail') or response.text}"[:100]
     if response.status_code in (429, 503) and int(response.headers.get("retry-after", 0)) >= 1:
         return "refused", said
     return "failed", said

@@ -55,11 +55,12 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     """No option twice, no feature cut but the embedding, no deadline that always passes."""
     query, headers = case.query or {}, case.headers or {}
     body = case.body if isinstance(case.body, dict) else {}
-    for name in query.keys() & body.keys():
-        del query[name]
-    for options in (query, body) if "dimensions" in query.keys() | body.keys() else ():
-        if options.get("feature") in ("hidden", "state"):
-            options["feature"] = "embedding"
+    if case.meta.generation.mode.is_positive:
+        for name in query.keys() & body.keys():
+            del query[name]
+        for options in (query, body) if "dimensions" in query.keys() | body.keys() else ():
+            if options.get("feature") in ("hidden", "state"):
+                options["feature"] = "embedding"
     if 0 < number(headers.get("Request-Timeout")) < SHORTEST_S:
         headers["Request-Timeout"] = str(SHORTEST_S)
 

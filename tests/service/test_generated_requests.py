@@ -15,7 +15,7 @@ from service.settings import Settings
 from tests.serving import served
 from tests.tiny import write_tiny_entry
 
-EXAMPLES = 30
+EXAMPLES = 20
 ROOT = Path(__file__).parents[2]
 STRING = {"type": "string", "format": "image-b64"}
 
