@@ -1,6 +1,6 @@
 """Hundreds of odd or broken images, each beside a good one, three times over: the good one is always answered right.
 
-$PRG_TEST_DATA/odd-images has the files. What the service's process holds is read after each pass.
+$PRG_TEST_DATA/odd-images has the files. What the service's processes hold is read after each pass.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ def run(engine: str) -> list[Row]:
         Row("corpus", done, answers, f"the good one right, the other answered or {DOCUMENTED}", not wrong),
         Row(
             "corpus, what is kept",
-            "the service's process after each pass",
+            "the service's processes after each pass",
             f"{kept}; {second.files}, {third.files} files; {second.threads}, {third.threads} threads",
             f"third at most {GROWTH_MB:g} MB above the second, files and threads flat",
             flat,

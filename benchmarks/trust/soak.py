@@ -171,7 +171,7 @@ async def soak(
 
 
 def plot(seconds: list[float], kept: dict[str, list[float]], engine: str, path: Path) -> None:
-    """What the process held over time."""
+    """What the processes held over time."""
     matplotlib.use("Agg")
     figure, axes = plt.subplots(len(kept), sharex=True, figsize=(8, 6), layout="constrained")
     for axis, (name, values) in zip(axes, kept.items(), strict=True):
@@ -179,7 +179,7 @@ def plot(seconds: list[float], kept: dict[str, list[float]], engine: str, path: 
         axis.set_ylabel(LABELS[name])
         axis.set_ylim(0, max(values) * 1.2)
     axes[-1].set_xlabel("minutes")
-    figure.suptitle(f"The service's process, {engine} engine, under good, bad and aborted requests")
+    figure.suptitle(f"The service's processes, {engine} engine, under good, bad and aborted requests")
     figure.savefig(path, dpi=100)
 
 

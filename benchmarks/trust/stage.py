@@ -35,7 +35,7 @@ def machine() -> str:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process holds."""
+    """What a service's processes hold."""
 
     memory_mb: float
     files: int
@@ -104,10 +104,14 @@ class Gateway:
         return sum(line["event"] in ("reloaded", "reload failed") for line in self.events())
 
     def usage(self) -> Usage:
-        """What it holds now."""
-        process = psutil.Process(self.process.pid)
-        with process.oneshot():
-            return Usage(process.memory_info().rss / 1e6, process.num_fds(), process.num_threads())
+        """What it and its decoding processes hold now."""
+        own = psutil.Process(self.process.pid)
+        all_of_it = [own, *own.children(recursive=True)]
+        return Usage(
+            sum(process.memory_info().rss for process in all_of_it) / 1e6,
+            sum(process.num_fds() for process in all_of_it),
+            sum(process.num_threads() for process in all_of_it),
+        )
 
     def stop(self) -> None:
         """End it, whatever it takes."""

@@ -38,12 +38,17 @@ class Bearer:
 @schemathesis.hook
 def filter_case(context: Any, case: Any) -> bool:
     """Nothing that is right though the document says nothing of it: unknown headers, other words of true and false in
-    text, and in a form the text of a number or a list of one."""
+    text, the text of a number in a form, and values that vanish in text or look like their only element."""
     form = case.body if isinstance(case.body, dict) and case.media_type == "multipart/form-data" else {}
-    for name, value in (*form.items(), *(case.query or {}).items()):
+    query = case.query or {}
+    for options in (query, case.body if isinstance(case.body, dict) else {}):
+        # Only embeddings are cut.
+        if options.get("feature") in ("hidden", "state") and "dimensions" in options:
+            return False
+    for name, value in (*form.items(), *query.items()):
         if name in ("normalize", "return_logits") and str(value).lower() in WORDS:
             return False
-        if name in form and name != "files" and isinstance(value, list) and len(value) < 2:
+        if name != "files" and (value is None or (isinstance(value, (list, dict)) and len(value) < 2)):
             return False
         if name in form and name in TYPED and isinstance(value, str):
             return False
@@ -52,15 +57,8 @@ def filter_case(context: Any, case: Any) -> bool:
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
-    """No option twice, no feature cut but the embedding, no deadline that always passes."""
-    query, headers = case.query or {}, case.headers or {}
-    body = case.body if isinstance(case.body, dict) else {}
-    if case.meta.generation.mode.is_positive:
-        for name in query.keys() & body.keys():
-            del query[name]
-        for options in (query, body) if "dimensions" in query.keys() | body.keys() else ():
-            if options.get("feature") in ("hidden", "state"):
-                options["feature"] = "embedding"
+    """No deadline that always passes."""
+    headers = case.headers or {}
     if 0 < number(headers.get("Request-Timeout")) < SHORTEST_S:
         headers["Request-Timeout"] = str(SHORTEST_S)
 
