@@ -20,7 +20,7 @@ ifneq ($(wildcard ../shared/data),)
 export PRG_TEST_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup serve test check format bench audit docs clean another
+.PHONY: help setup serve test check format bench trust soak audit docs clean another
 
 help: ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -89,6 +89,12 @@ audit: .venv-audit/.image ## licences, SBOM and known vulnerabilities of the gat
 	  -o build/audit/sbom.json .venv-audit/image/bin/python
 	$(PYTHON) docker/sbom.py build/audit/sbom.json
 	.venv-audit/tools/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r .venv-audit/requirements.txt
+
+trust: .venv/.setup ## load, faults and strangers against the running service: the table of docs/reliability.md
+	$(RUN)python -m benchmarks.trust
+
+soak: .venv/.setup ## good, bad and aborted requests for 30 minutes (MINUTES=N)
+	$(RUN)python -m benchmarks.trust.soak --minutes $(or $(MINUTES),30)
 
 docs: .venv/.setup ## write the map of modules, build the documentation site into site/
 	$(RUN)python docs/make_map.py

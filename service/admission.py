@@ -79,7 +79,8 @@ class Admission:
         self._usual += (rows - self._usual) / USUAL
         if not self._has_room(flow, rows):
             raise self._refused(f"{self.held} images are waiting, at most {self.capacity} may")
-        if (ahead_s := self._wait_s(flow)) > wait_s:
+        # One slow answer, such as the first of a cold service, says nothing of those to come.
+        if len(self._done) >= USUAL and (ahead_s := self._wait_s(flow)) > wait_s:
             raise self._refused(f"the images that wait will take {ahead_s:.0f} s, longer than the deadline")
         begun = self._hold(rows, flow)
         try:

@@ -97,6 +97,7 @@ OPENAI_PROBLEMS = [row for row in EMBEDDED if row not in FORMS]
 
 BINARY = {"type": "string", "format": "binary"}
 TEXT = {"type": "string"}
+NULL = {"type": "null"}
 INPUT = {
     "anyOf": [
         {"type": "object", "required": [form], "properties": {form: TEXT}, "additionalProperties": False}
@@ -144,19 +145,28 @@ def problems(*kinds: errors.ProblemType, openai: bool = False) -> Responses:
     return responses
 
 
+def without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """An option's schema as text has it; in JSON a null is an option left out."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind != NULL]
+    return schema | {"anyOf": kinds} if kinds else schema
+
+
 def posted(options: type[schemas.Options], example: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI of a POST route: its options in the query, and the three forms of a body; `example` are options."""
     properties = options.model_json_schema()["properties"]
+    as_text = {name: without_null(schema) for name, schema in properties.items()}
+    as_json = {name: {"anyOf": [schema, NULL]} for name, schema in as_text.items()}
 
-    def form(name: str, image: dict[str, Any], images: list[Any]) -> dict[str, Any]:
+    def form(name: str, image: dict[str, Any], images: list[Any], fields: dict[str, Any]) -> dict[str, Any]:
         field = {name: {"type": "array", "minItems": 1, "items": image}}
-        schema = {"type": "object", "required": [name], "properties": field | properties}
+        schema: dict[str, Any] = {"type": "object", "required": [name], "properties": field | fields}
+        schema["additionalProperties"] = False
         return {"schema": schema, "example": {name: images} | example}
 
-    query = [parameter("query", name, schema) for name, schema in properties.items()]
+    query = [parameter("query", name, schema) for name, schema in as_text.items()]
     content = {
-        "multipart/form-data": form("files", BINARY, ["cat.jpg", "dog.jpg"]),
-        "application/json": form("inputs", INPUT, [{"b64": IMAGE}, {"data_uri": DATA_URI}]),
+        "multipart/form-data": form("files", BINARY, ["cat.jpg", "dog.jpg"], as_text),
+        "application/json": form("inputs", INPUT, [{"b64": IMAGE}, {"data_uri": DATA_URI}], as_json),
         "image/*": {"schema": BINARY, "example": "the bytes of a file (curl --data-binary @cat.jpg)"},
     }
     return {"parameters": query + HEADERS, "requestBody": {"required": True, "content": content}}

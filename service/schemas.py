@@ -2,13 +2,20 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from entry.config import Accuracy, FeatureName, Features, Fingerprints
+
+
+def _whole(value: object) -> object:
+    """To JSON Schema 3.0 is a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 MAX_LEVELS = 8
 Priority = Literal["interactive", "bulk"]
 """Which queue a request waits in."""
+FromOne = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Level = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -37,7 +44,7 @@ class EmbedOptions(Options):
         None, description=f"a number from 0 (noise) to 1 (the image), or up to {MAX_LEVELS} of them"
     )
     feature: FeatureName | None = Field(None, description="embedding, hidden or state")
-    dimensions: Annotated[int, Field(ge=1)] | None = Field(
+    dimensions: FromOne | None = Field(
         None, description="a whole number: so many of the first numbers of embedding"
     )
     normalize: bool = Field(False, description="true or false; true scales each embedding to length 1")
@@ -52,7 +59,7 @@ class ClassifyOptions(Options):
     t_end: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
         None, description="one number, one of the model's classify_t_end (GET /models)"
     )
-    top_k: Annotated[int, Field(ge=1)] = Field(5, description="a whole number from 1")
+    top_k: FromOne = Field(5, description="a whole number from 1")
     return_logits: bool = Field(False, description="true or false; true adds the logits of all classes")
 
 
@@ -61,10 +68,12 @@ class EmbeddingsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input: str | list[str] = Field(description="data URIs or base64 strings of images, one or a list")
+    input: str | Annotated[list[str], Field(json_schema_extra={"minItems": 1})] = Field(
+        description="data URIs or base64 strings of images, one or a list"
+    )
     model: str
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, description="so many of the first numbers of embedding")
+    dimensions: FromOne | None = Field(None, description="so many of the first numbers of embedding")
     user: str | None = Field(None, description="ignored")
     feature: FeatureName | None = None
     t_end: Level | None = None

@@ -1,12 +1,19 @@
-"""What all tests share: one thread a process, so that parallel tests do not fight over the cores, and asyncio."""
+"""What all tests share: one thread a process, so that parallel tests do not fight over the cores, and asyncio.
+
+Hypothesis tries the same examples each time, however slow the machine is.
+"""
 
 import asyncio
 import inspect
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, also by the processes tests start
+
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.load_profile("same")
 
 
 @pytest.hookimpl(tryfirst=True)

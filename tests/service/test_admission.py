@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.admission import Admission
+from service.admission import USUAL, Admission
 from service.errors import SERVICE_UNAVAILABLE, Problem
 from service.limits import HELD_BODIES, BodyLimit
 from service.telemetry import Metrics
@@ -59,6 +59,26 @@ def test_admission_refuses_when_full_and_names_an_honest_time(monkeypatch: pytes
         with fresh.admit(1):
             pass
     assert len(fresh._done) <= 500
+
+
+def test_a_few_slow_answers_refuse_nobody_for_his_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("service.admission.time.monotonic", lambda: now)
+    admission = Admission(100, Metrics())
+
+    def answer() -> None:
+        nonlocal now
+        with admission.admit(1):
+            now += 3
+
+    answer()
+    with admission.admit(15):
+        with admission.admit(1, wait_s=30):
+            pass
+        for _ in range(USUAL):
+            answer()
+        with pytest.raises(Problem, match="longer than the deadline"):
+            admission.admit(1, wait_s=30).__enter__()
 
 
 async def test_bodies_read_at_once_are_bounded_and_leave_room_for_small_ones() -> None:
