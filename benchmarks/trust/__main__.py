@@ -11,11 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.trust import corpus, drain, faults, fuzz
+from benchmarks.trust import corpus, drain, faults, fuzz, overload, slow
 from benchmarks.trust.rows import ENGINES, Row, rows_of, table
 from benchmarks.trust.stage import machine
 
-PARTS: dict[ModuleType, tuple[str, ...]] = {drain: ENGINES, faults: ENGINES, corpus: ENGINES, fuzz: ("none",)}
+PARTS: dict[ModuleType, tuple[str, ...]] = {
+    **dict.fromkeys((overload, slow, drain, faults, corpus), ENGINES),
+    fuzz: ("none",),
+}
 """Part -> the engines that it runs against."""
 PAGE = Path("docs/reliability.md")
 RESULTS = Path("docs/results/trust.json")

@@ -1,35 +1,40 @@
-"""The gateway above its limit: requests arrive at a fixed rate, whether earlier ones are answered or not.
+"""Above the limit: requests arrive at a fixed rate, whether earlier ones are answered or not.
 
-The service runs on one core; the generator and Triton on another. First the limit: as many answers a second as
+The service runs on one core; the generator, and Triton, on another. First the limit: as many answers a second as 64
 callers get who each wait for theirs. Then arrivals at random (Poisson) at 0.9, 2, 4 and 10 times that. A request goes
-out on a connection that waits for none, or on a new one. Each answer is checked against its own image.
+out on a connection that waits for none, or on a new one; each answer is checked against its own image. Goodput is right
+answers within 2 s, beside that at 0.9 times. A row is skipped where the generator itself was late.
 
-A row is void where the generator itself was late (99 % of requests within 50 ms of their time). Prints one JSON line
-last.
-
-python -m benchmarks.overload [--engine triton|embedded] [--slow-ms N] [--seconds N]
+Once with a model that takes no time, so that the gateway is the limit; with Triton also with one that is slow, so that
+the engine is.
 """
 
-import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 import uvloop
 
-from prg.machine import device_name
-from tests.real_triton.server import TritonServer, free_ports
-from tests.tiny import png, write_tiny_entry
+from benchmarks.trust.rows import Absent, Row, main
+from benchmarks.trust.stage import Stage, staged
+from tests.tiny import png
 
+FACTORS = {0.9: 1.0, 2: 0.9, 4: 0.7, 10: 0.4}
+"""Times the limit -> the goodput that is wanted, in parts of that at 0.9 times."""
+WHERE_SLOW = 0.9
+"""The same wherever the engine is the limit."""
+SLOW_MS = 400
+SECONDS = 8.0
+CALLERS = 64
+MOST_MB = 50
 COLOURS = 64
 FACTORS = (0.9, 2, 4, 10)
 LATE_S = 0.05
@@ -52,6 +57,11 @@ class Tally:
     late: list[float] = field(default_factory=list)
     connections: int = 0
     most_connections: int = 0
+
+    def facts(self) -> dict[str, object]:
+        """Counts, for whoever watches."""
+        facts = {"sent": self.sent, "statuses": self.statuses, "broken": self.broken, "wrong": self.wrong}
+        return facts | {"connections": self.most_connections, "no_retry_after": self.no_retry_after}
 
 
 class Caller(asyncio.Protocol):
@@ -197,43 +207,20 @@ class Load:
         return tally
 
 
-def row(name: str, tally: Tally, rate: float, seconds: float, peak_mb: float) -> dict[str, object]:
-    """The figures of one row."""
-    times = tally.latencies or [0.0]
-    p50, p99 = np.percentile(times, (50, 99))
-    late = float(np.percentile(tally.late, 99))
-    return {
-        "load": name,
-        "arrivals_per_s": round(rate),
-        "goodput_per_s": round(sum(latency <= IN_TIME_S for latency in tally.latencies) / seconds, 1),
-        "p50_ms": round(p50 * 1e3),
-        "p99_ms": round(p99 * 1e3),
-        "statuses": tally.statuses,
-        "wrong": tally.wrong,
-        "broken": tally.broken,
-        "unanswered": tally.sent - sum(tally.statuses.values()) - tally.broken,
-        "no_retry_after": tally.no_retry_after,
-        "connections": tally.most_connections,
-        "late_p99_ms": round(late * 1e3, 1),
-        "void": late > LATE_S,
-        "resident_mb": round(peak_mb),
-    }
-
-
 def resident_mb(pid: int) -> float:
     """Memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-async def measure(port: int, pid: int, seconds: float, callers: int) -> dict[str, object]:
+async def measure(port: int, pid: int, slow: bool) -> list[Row]:
     """All rows against a running service."""
     load = Load(port)
-    await load.closed(callers, 2)
-    limit = await load.closed(callers, seconds)
-    idle = resident_mb(pid)
-    rows = []
-    for factor in FACTORS:
+    await load.closed(CALLERS, 2)
+    limit = await load.closed(CALLERS, SECONDS)
+    idle, usual = resident_mb(pid), 0.0
+    rows: list[Row] = []
+    for factor, wanted in FACTORS.items():
         peak = idle
 
         async def watch() -> None:
@@ -243,82 +230,76 @@ async def measure(port: int, pid: int, seconds: float, callers: int) -> dict[str
                 await asyncio.sleep(0.25)
 
         watching = asyncio.ensure_future(watch())
-        tally = await load.arrivals(factor * limit, seconds)
+        tally = await load.arrivals(factor * limit, SECONDS)
         watching.cancel()
-        rows.append(row(f"{factor:g} x", tally, factor * limit, seconds, peak))
-        print(json.dumps(rows[-1]), file=sys.stderr)
-        start = time.perf_counter()
+        begun = time.perf_counter()
         while (await load.arrivals(20, 0.5)).statuses.keys() != {200}:
             pass
-        rows[-1]["recovery_s"] = round(time.perf_counter() - start - 0.5, 2)
+        recovery = time.perf_counter() - begun - 0.5
         load.close()
-    return {"limit_per_s": round(limit, 1), "idle_mb": round(idle), "rows": rows}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Start the service, and Triton if asked; measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", choices=("triton", "embedded"), default="triton")
-    parser.add_argument(
-        "--slow-ms", type=int, default=0, help="that a batch takes; 0: the gateway is the limit"
-    )
-    parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("--callers", type=int, default=64)
-    arguments = parser.parse_args(argv)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[1:2] or cores)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        entry = write_tiny_entry(work / "models")
-        if arguments.slow_ms:
-            (entry / "slow-ms").write_text(str(arguments.slow_ms))
-        environment = os.environ | {
-            "PRG_ENGINE": arguments.engine,
-            "PRG_MODEL_REPOSITORY": str(work / "models"),
-        }
-        triton = None
-        if arguments.engine == "triton":
-            triton = TritonServer(work / "models", work).start()
-            environment["PRG_TRITON_URL"] = triton.url
-        port = free_ports(1)[0]
-        environment["PRG_PORT"] = str(port)
-        service = subprocess.Popen(
-            [sys.executable, "-m", "service.app"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores[:1]),
+        goodput = sum(latency <= IN_TIME_S for latency in tally.latencies) / SECONDS
+        usual = usual or goodput
+        rows.append(
+            row(tally, factor, limit, goodput / usual, WHERE_SLOW if slow else wanted, peak - idle, recovery)
         )
-        try:
-            facts = uvloop.run(ready_then(port, service.pid, arguments))
-        finally:
-            service.terminate()
-            service.wait(60)
-            if triton:
-                triton.stop()
-    facts |= {"benchmark": "overload", "engine": arguments.engine, "slow_ms": arguments.slow_ms}
-    print(json.dumps(facts | {"processor": device_name(torch.device("cpu"))}))
-    return 0
+        print(json.dumps({"factor": factor, **tally.facts()}), file=sys.stderr)
+    return rows
 
 
-async def ready_then(port: int, pid: int, arguments: argparse.Namespace) -> dict[str, object]:
-    """Measure once the service is ready."""
-    for _ in range(600):
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /health/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            answer = await reader.read()
-            writer.close()
-            if answer.startswith(b"HTTP/1.1 200"):
-                break
-        except OSError:
-            pass
-        await asyncio.sleep(0.1)
-    else:
-        raise SystemExit("the service did not become ready within 60 s")
-    return await measure(port, pid, arguments.seconds, arguments.callers)
+def row(
+    tally: Tally, factor: float, limit: float, share: float, wanted: float, more_mb: float, recovery_s: float
+) -> Row:
+    """What one load came to."""
+    late = float(np.percentile(tally.late, 99))
+    p50, p99 = np.percentile(tally.latencies or [0.0], (50, 99))
+    refused = sum(count for status, count in tally.statuses.items() if status in (429, 503))
+    strange = tally.sent - len(tally.latencies) - refused
+    figure = (
+        f"goodput {share * 100:.0f} %, p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms, {tally.wrong} wrong, "
+        f"{strange} neither answered nor refused, {more_mb:+.0f} MB, as before after {recovery_s:.1f} s"
+    )
+    good = share >= wanted and p99 <= IN_TIME_S and more_mb <= MOST_MB and recovery_s <= IN_TIME_S
+    clean = not (tally.wrong or strange or tally.no_retry_after)
+    if late > LATE_S:
+        figure = f"void: the generator was late by {late * 1e3:.0f} ms; {figure}"
+    done = f"{factor:g} times its limit of {limit:.0f} images/s, {SECONDS:g} s"
+    bounds = f"goodput {wanted * 100:.0f} %, p99 2 s, none wrong or lost, {MOST_MB} MB, 2 s"
+    return Row("overload", done, figure, bounds, None if late > LATE_S else good and clean)
+
+
+@contextmanager
+def apart(stage: Stage) -> Iterator[None]:
+    """The gateway on the first core, all else on the second. Raises Absent where there is one core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise Absent("two cores are needed, one for the generator")
+    for pid, core in ((stage.gateway.process.pid, cores[0]), *((p, cores[1]) for p in triton_pids(stage))):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
+    os.sched_setaffinity(0, {cores[1]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def triton_pids(stage: Stage) -> list[int]:
+    """Triton's own and its model processes'."""
+    if stage.triton is None or stage.triton.process is None:
+        return []
+    return [stage.triton.process.pid, *stage.triton.stubs()]
+
+
+def run(engine: str) -> list[Row]:
+    """Rows for a model that takes no time, and with Triton for a slow one."""
+    rows: list[Row] = []
+    for slow in (False, True) if engine == "triton" else (False,):
+        with staged(engine) as stage, apart(stage):
+            if slow:
+                stage.slow(SLOW_MS)
+            rows += uvloop.run(measure(stage.gateway.port, stage.gateway.process.pid, slow))
+    return rows
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run))
