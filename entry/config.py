@@ -252,7 +252,7 @@ class Entry:
             dims["EMBEDDING"] = features.embedding.dim
         if labels is not None:
             dims["LOGITS"] = len(labels)
-        # How typical an image is, is measured in EMBEDDING.
+        # Absent with EMBEDDING, as it was when it was measured there.
         if labels is not None and features.embedding:
             dims["KNOWN"] = 1
         return dims

@@ -146,7 +146,7 @@ def digests(extractor: Extractor, prg: Prg, calibration: Calibration | None) -> 
         "calibration": calibration.model_dump(mode="json") if calibration else None,
         "columns": extractor.head.columns if extractor.head else None,
     }
-    return encoder, _digest(head, {"head": extractor.head, "familiarity": extractor.familiarity})
+    return encoder, _digest(head, {"head": extractor.head})
 
 
 def _digest(facts: dict[str, Any], modules: dict[str, nn.Module | None]) -> str:

@@ -49,20 +49,10 @@ class Projection(nn.Module):
         return F.linear(standardised, self.directions.float()) * self.scale
 
 
-class Familiarity(nn.Module):
-    """EMBEDDING [B, D_e] -> KNOWN [B, 1]: minus the Euclidean distance to the nearest class mean."""
-
-    means: Tensor  # [K, D_e]
-
-    def __init__(self, means: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("means", means)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        # |e - m|² = |e|² - 2 em + |m|²
-        own = (embedding * embedding).sum(1, keepdim=True)
-        squares = own - 2 * F.linear(embedding, self.means) + (self.means * self.means).sum(1)
-        return -squares.clamp(min=0.0).amin(1, keepdim=True).sqrt()
+def known(logits: Tensor) -> Tensor:
+    """LOGITS [B, K] -> KNOWN [B, 1]: the largest (Hendrycks et al. 2022, MaxLogit)."""
+    # By an operator that servers of PyTorch 2.11 were seen to run.
+    return -(-logits).amin(1, keepdim=True)
 
 
 class Extractor(nn.Module):
@@ -77,15 +67,12 @@ class Extractor(nn.Module):
         image: ImageSpec,
         projection: Projection | None = None,
         head: Head | None = None,
-        familiarity: Familiarity | None = None,
     ) -> None:
         super().__init__()
-        assert (familiarity is not None) == (projection is not None and head is not None)
         self.normalise = Normalise(image)
         self.encoder = encoder
         self.projection = projection
         self.head = head
-        self.familiarity = familiarity
 
     # Without the type of the answer: TorchScript infers it from the branch that it compiles.
     def forward(self, IMAGE: Tensor, T_END: Tensor):
@@ -100,8 +87,8 @@ class Extractor(nn.Module):
             if self.head is None:
                 return state, hidden, embedding
             else:
-                known = self.familiarity(embedding)  # type: ignore[misc]
-                return state, hidden, embedding, self.head(state, hidden), known
+                logits = self.head(state, hidden)
+                return state, hidden, embedding, logits, known(logits)
 
 
 def outputs(extractor: Any, state: Tensor, hidden: Tensor) -> dict[str, Tensor]:
@@ -111,6 +98,6 @@ def outputs(extractor: Any, state: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         found["EMBEDDING"] = extractor.projection(hidden)
     if getattr(extractor, "head", None) is not None:
         found["LOGITS"] = extractor.head(state, hidden)
-    if getattr(extractor, "familiarity", None) is not None:
-        found["KNOWN"] = extractor.familiarity(found["EMBEDDING"])
+    if "EMBEDDING" in found and "LOGITS" in found:
+        found["KNOWN"] = known(found["LOGITS"])
     return found

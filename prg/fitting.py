@@ -1,4 +1,4 @@
-"""What is fitted to a trained encoder: the projection to EMBEDDING, class means for KNOWN, a calibration.
+"""What is fitted to a trained model: the projection to EMBEDDING, a calibration.
 
 EMBEDDING: HIDDEN standardised and projected on its leading principal directions, each divided by the square root of
 its standard deviation. So no single number and no direction decides a cosine, and a prefix is an embedding too.
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entry.config import QUANTILES, Calibration
 from prg.errors import FittingError
-from prg.extractor import Familiarity, Projection
+from prg.extractor import Projection
 
 FEWEST = 64
 """Images that a projection can be fitted to."""
@@ -62,16 +62,10 @@ def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return directions * largest.sign(), variances.flip(0)[:count].clamp(min=0)
 
 
-def fit_familiarity(embedding: Tensor, labels: Tensor, classes: int) -> Familiarity:
-    """Means of the classes in EMBEDDING [N, D_e]; a class without images is far from everything."""
-    one_hot = torch.nn.functional.one_hot(labels, classes).to(embedding.dtype)
-    counts = one_hot.sum(0)[:, None]
-    return Familiarity(torch.where(counts > 0, one_hot.t() @ embedding / counts.clamp(min=1), 1e6))
-
-
-def calibrate(logits: np.ndarray, labels: np.ndarray, known: np.ndarray) -> Calibration:
-    """LOGITS [N, K], labels [N] and KNOWN [N] of images that the model was not trained on -> the calibration."""
-    quantiles = np.quantile(known.astype(np.float64), np.linspace(0, 1, QUANTILES))
+def calibrate(logits: np.ndarray, labels: np.ndarray) -> Calibration:
+    """LOGITS [N, K] and labels [N] of images that the model was not trained on -> the calibration."""
+    known = logits.astype(np.float64).max(1)
+    quantiles = np.quantile(known, np.linspace(0, 1, QUANTILES))
     return Calibration(
         temperature=round(temperature(logits, labels), 6),
         known_quantiles=tuple(round(float(value), 6) for value in quantiles),

@@ -45,7 +45,7 @@ def reexport(
         fitted = fit(encoder, prg.image, prg.t_end, images, head, levels[0], held_out)
     except FittingError as error:
         raise FittingError(f"{data.source}: {error}") from None
-    extractor = Extractor(encoder, prg.image, fitted.projection, head, fitted.familiarity)
+    extractor = Extractor(encoder, prg.image, fitted.projection, head)
     if head is not None and fitted.calibration is None:
         note(
             "no calibration: the entry held no images out, and there is no validation split; /classify has no `known`"

@@ -7,7 +7,7 @@ from torch import Tensor
 from prg.checkpoint import Facts, load_checkpoint, load_strictly
 from prg.classifier import Classifier
 from prg.encoder import Encoder
-from prg.extractor import Extractor, Familiarity, Projection
+from prg.extractor import Extractor, Projection
 from prg.recipe import Recipe
 from prg.unet import UNet
 
@@ -23,26 +23,24 @@ def load_trained(checkpoint: Path) -> tuple[Extractor, Facts]:
     saved = load_checkpoint(checkpoint)
     recipe, facts = saved.facts.recipe, saved.facts
     net = UNet(recipe.unet)
-    projection, familiarity = fitted_of(saved.tensors)
+    projection = projection_of(saved.tensors)
     if facts.stage == "pretrain":
         load_strictly(net, saved.part("average"), checkpoint)
         return Extractor(Encoder(net, recipe.encoder), recipe.image.spec, projection), facts
     model = build_classifier(net, recipe, len(facts.classes))
     load_strictly(model, saved.part("average"), checkpoint)
-    return Extractor(model.encoder, recipe.image.spec, projection, model.head, familiarity), facts
+    return Extractor(model.encoder, recipe.image.spec, projection, model.head), facts
 
 
-def fitted_of(tensors: dict[str, Tensor]) -> tuple[Projection | None, Familiarity | None]:
+def projection_of(tensors: dict[str, Tensor]) -> Projection | None:
     """What was fitted, from a checkpoint's or a module's tensors; None where nothing was."""
     if "projection.mean" not in tensors:
-        return None, None
-    names = ("mean", "inverse_std", "directions", "scale")
-    projection = Projection(*(tensors[f"projection.{name}"] for name in names))
-    means = tensors.get("familiarity.means")
-    return projection, None if means is None else Familiarity(means)
+        return None
+    return Projection(
+        *(tensors[f"projection.{name}"] for name in ("mean", "inverse_std", "directions", "scale"))
+    )
 
 
-def fitted_tensors(projection: Projection | None, familiarity: Familiarity | None) -> dict[str, Tensor]:
+def fitted_tensors(projection: Projection | None) -> dict[str, Tensor]:
     """The same as tensors by name, as a checkpoint holds them."""
-    parts = {"projection": projection, "familiarity": familiarity}
-    return {f"{name}.{k}": v for name, part in parts.items() if part for k, v in part.state_dict().items()}
+    return {f"projection.{k}": v for k, v in projection.state_dict().items()} if projection else {}

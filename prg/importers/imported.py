@@ -125,4 +125,4 @@ def _checkpoint(
         fitted_on=fitted.on,
     )
     tensors = {f"average.{k}": v for k, v in model.state_dict().items()}
-    return Checkpoint(tensors | fitted_tensors(fitted.projection, fitted.familiarity), facts)
+    return Checkpoint(tensors | fitted_tensors(fitted.projection), facts)

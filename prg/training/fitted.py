@@ -1,4 +1,4 @@
-"""What a training ends with: the projection, class means and calibration, fitted on its own images."""
+"""What a training ends with: the projection and a calibration, fitted on its own images."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from prg.classifier import Head
 from prg.console import note, track
 from prg.encoder import Encoder
 from prg.errors import FittingError
-from prg.extractor import Familiarity, Projection
-from prg.fitting import calibrate, fit_familiarity, fit_projection
+from prg.extractor import Projection
+from prg.fitting import calibrate, fit_projection
 from prg.images.augmentation import normalise
 from prg.images.sets import Images, sample_evenly
 from prg.recipe import Recipe
 
 BATCH = 128
 MOST = 4000
-"""Images that the projection and the class means are fitted to, at most."""
+"""Images that the projection is fitted to, at most."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Fitted:
 
     projection: Projection | None = None
     on: FittedOn | None = None
-    familiarity: Familiarity | None = None
     calibration: Calibration | None = None
 
 
@@ -43,7 +42,7 @@ def fit(
     level: float = 1.0,
     held_out: Images | None = None,
 ) -> Fitted:
-    """The projection at t_end; for a head that is asked at `level` class means, and a calibration on images held out.
+    """The projection at t_end; for a head that is asked at `level` a calibration, on images held out.
 
     Raises FittingError.
     """
@@ -51,18 +50,11 @@ def fit(
     _, hidden = features(encoder, image, some.pixels, t_end, "fitting the embedding")
     projection = fit_projection(hidden).to(hidden.device)
     on = FittedOn(images=len(some), t_end=t_end)
-    if head is None:
+    if head is None or held_out is None:
         return Fitted(projection, on)
-    if level != t_end:
-        _, hidden = features(encoder, image, some.pixels, level, "fitting class means")
-    familiarity = fit_familiarity(projection(hidden), labels_of(some, hidden), len(images.classes))
-    if held_out is None:
-        return Fitted(projection, on, familiarity)
-    state, hidden = features(encoder, image, held_out.pixels, level, "calibrating")
-    logits, known = head(state, hidden), familiarity(projection(hidden))[:, 0]
+    logits = head(*features(encoder, image, held_out.pixels, level, "calibrating"))
     assert held_out.labels is not None
-    calibration = calibrate(logits.cpu().numpy(), held_out.labels, known.cpu().numpy())
-    return Fitted(projection, on, familiarity, calibration)
+    return Fitted(projection, on, calibrate(logits.cpu().numpy(), held_out.labels))
 
 
 def fit_if_enough(

@@ -22,7 +22,7 @@ from prg.checkpoint import Checkpoint, CrossValidated, Facts, read_facts, save_c
 from prg.classifier import Classifier, Head
 from prg.encoder import STATE_DIM
 from prg.errors import DataError
-from prg.fitting import calibrate, fit_familiarity
+from prg.fitting import calibrate
 from prg.images.sets import Images
 from prg.logistic import fit_logistic, stratified_folds
 from prg.recipe import Finetune
@@ -78,13 +78,14 @@ def fit_head(
     model.head.classifier[1].load_state_dict({"weight": weight, "bias": bias})
     fitted = inherited or fit_if_enough(model.encoder, recipe, images)
     if fitted.projection:
-        fitted = cross_calibrated(fitted, hidden[0], labels, logits, recipe.seed)
+        # By cross-validation: logits of each image are by the fold that left it out.
+        fitted = replace(fitted, calibration=calibrate(logits.cpu().numpy(), labels.cpu().numpy()))
     assert facts.trained is not None
     trained = facts.trained.model_copy(update={"step": 1, "seconds": round(time.monotonic() - started, 1)})
     found = {"trained": trained, "cross_validated": chosen}
     facts = facts.model_copy(update=found | {"fitted_on": fitted.on, "calibration": fitted.calibration})
     tensors = {f"average.{k}": v for k, v in model.state_dict().items()}
-    tensors |= fitted_tensors(fitted.projection, fitted.familiarity)
+    tensors |= fitted_tensors(fitted.projection)
     save_checkpoint(path, Checkpoint(tensors, facts))
 
 
@@ -110,24 +111,6 @@ def _choose(found: list[tuple[CrossValidated, Tensor]], folder: Path) -> tuple[C
     chosen, logits = min(found, key=lambda pair: pair[0].loss)
     print(f"chosen: penalty {chosen.penalty:g}, of the least cross-entropy", file=sys.stderr)
     return chosen, logits
-
-
-def cross_calibrated(fitted: Fitted, hidden: Tensor, labels: Tensor, logits: Tensor, seed: int) -> Fitted:
-    """With class means in EMBEDDING of HIDDEN [N, D_h], and a calibration by cross-validation.
-
-    logits: [N, K] of each image by the fold that left it out, as its KNOWN is by class means without it.
-    """
-    assert fitted.projection is not None
-    classes = logits.shape[1]
-    embedding = fitted.projection.to(hidden.device)(hidden)
-    known = embedding.new_empty(len(embedding))
-    for out in folds_of(labels, seed):
-        known[out] = fit_familiarity(embedding[~out], labels[~out], classes)(embedding[out])[:, 0]
-    return replace(
-        fitted,
-        familiarity=fit_familiarity(embedding, labels, classes),
-        calibration=calibrate(logits.cpu().numpy(), labels.cpu().numpy(), known.cpu().numpy()),
-    )
 
 
 def views(config: Finetune) -> list[View]:

@@ -207,7 +207,7 @@ class Trainer:
         assert self.job.facts.trained is not None
         trained = self.job.facts.trained.model_copy(update=now)  # on this machine, whatever it began on
         fitted = self.fitted
-        tensors |= fitted_tensors(fitted.projection, fitted.familiarity)
+        tensors |= fitted_tensors(fitted.projection)
         found = {"fitted_on": fitted.on, "calibration": fitted.calibration}
         facts = self.facts.model_copy(update={"trained": trained, **found})
         save_checkpoint(self.job.checkpoint, Checkpoint(tensors, facts))

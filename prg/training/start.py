@@ -13,7 +13,7 @@ from prg.encoder import Encoder
 from prg.errors import CheckpointError
 from prg.recipe import Image
 from prg.reopen import NET, part
-from prg.trained import fitted_of
+from prg.trained import projection_of
 from prg.training.fitted import Fitted
 from prg.unet import PRESETS, UNet, UNetConfig, fitting_presets, shapes_of
 
@@ -91,7 +91,7 @@ def load_start(init: Path, network: str | UNetConfig, image: Image, path: str) -
         trained_on=tuple(map(tuple, training.get("trained_on", ()))),
         history=(*training.get("history", ()), line),
         solve=(prg.path, prg.solver, prg.steps, hidden.layers, hidden.pooling, prg.t_end),
-        fitted=Fitted(fitted_of(state)[0], FittedOn.model_validate(on) if on else None),
+        fitted=Fitted(projection_of(state), FittedOn.model_validate(on) if on else None),
     )
 
 
@@ -117,7 +117,7 @@ def _from_checkpoint(init: Path, network: str | UNetConfig, image: Image, path: 
         trained_on=facts.trained_on,
         history=(*facts.history, facts.summary()),
         solve=solve_of(Encoder(net, recipe.encoder), recipe.serve.t_end),
-        fitted=Fitted(fitted_of(saved.tensors)[0], facts.fitted_on),
+        fitted=Fitted(projection_of(saved.tensors), facts.fitted_on),
     )
 
 

@@ -10,7 +10,7 @@ from networks import random_net
 from entry.config import ImageSpec
 from prg.classifier import Classifier, Head, HeadConfig
 from prg.encoder import Encoder, EncoderConfig, pooled_state
-from prg.extractor import Extractor, Familiarity
+from prg.extractor import Extractor
 from prg.fitting import fit_projection
 from prg.paths import PATHS
 from prg.unet import PRESETS, UNet, UNetConfig
@@ -50,7 +50,7 @@ def test_scripted_it_needs_no_operator_that_older_pytorch_lacks(path: str, offic
     head = Head(encoder, HeadConfig(5, ("state", "middle_block.mean")))
     image = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
     projection = fit_projection(torch.randn(64, encoder.hidden_dim))
-    model = Extractor(encoder, image, projection, head, Familiarity(torch.zeros(5, 16)))
+    model = Extractor(encoder, image, projection, head)
     needed = torch.jit.export_opnames(torch.jit.script(model.eval()))  # type: ignore[attr-defined]
     assert "aten::conv2d" in needed
     assert set(needed) <= set(OPERATORS.read_text().split())

@@ -12,8 +12,8 @@ from entry.vectors import unit_length
 from prg.encoder import Encoder, EncoderConfig
 from prg.errors import ExportError, FittingError
 from prg.export import Export, export
-from prg.extractor import Extractor
-from prg.fitting import calibrate, fit_familiarity, fit_projection, principal, temperature
+from prg.extractor import Extractor, known
+from prg.fitting import calibrate, fit_projection, principal, temperature
 from prg.images.sets import Images, sample_evenly
 from prg.unet import PRESETS, UNet
 
@@ -86,14 +86,12 @@ def test_an_export_of_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
     assert not new.exists()
 
 
-def test_known_is_minus_the_distance_to_the_nearest_class_mean() -> None:
-    embedding = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 1.0]])
-    familiarity = fit_familiarity(embedding, torch.tensor([0, 0, 2]), 3)
-    known = familiarity(torch.tensor([[1.0, 3.0], [10.0, 1.0]]))
-    assert known.flatten().tolist() == pytest.approx([-3, 0], abs=1e-3)
-    found = calibrate(np.eye(2)[[0, 1] * 50], np.array([0, 1] * 50), np.linspace(-3, -1, 100))
+def test_known_is_the_largest_logit_and_calibrated_by_its_quantiles() -> None:
+    logits = torch.eye(2)[[0, 1] * 50] * torch.linspace(1, 3, 100)[:, None]
+    assert known(logits).flatten().tolist() == pytest.approx(torch.linspace(1, 3, 100).tolist())
+    found = calibrate(logits.numpy(), np.array([0, 1] * 50))
     assert (found.images, len(found.known_quantiles)) == (100, 101)
-    assert found.known_quantiles[::50] == pytest.approx((-3, -2, -1))
+    assert found.known_quantiles[::50] == pytest.approx((1, 2, 3))
 
 
 @pytest.mark.parametrize("right", [0.4, 1.0, 3.0])

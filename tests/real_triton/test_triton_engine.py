@@ -21,7 +21,7 @@ from entry.runner import Runner
 from prg.classifier import Head, HeadConfig
 from prg.encoder import Encoder, EncoderConfig
 from prg.export import Export, export
-from prg.extractor import Extractor, Familiarity
+from prg.extractor import Extractor
 from prg.fitting import fit_projection
 from prg.unet import PRESETS, UNet
 from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job, ModelStatus
@@ -70,8 +70,7 @@ def write_real_entry(directory: Path) -> None:
     image = ImageSpec(size=16, resize=16, preprocessing="v2", mean=(0.5,) * 3, std=(0.5,) * 3)
     projection = fit_projection(torch.randn(100, encoder.hidden_dim))
     head = Head(encoder, HeadConfig(3, ("state", "middle_block.std")))
-    familiarity = Familiarity(torch.randn(3, len(projection.scale)))
-    extractor = Extractor(encoder, image, projection, head, familiarity)
+    extractor = Extractor(encoder, image, projection, head)
     export(extractor, Export(image, 0.7, "embedding", {}, None, ("a", "b", "c"), (0.7,)), directory)
 
 
