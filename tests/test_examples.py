@@ -82,7 +82,7 @@ def test_options_in_running_text_exist() -> None:
     known = {word for sub in actions for word in sub._option_string_actions}
     for script in (*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf-8")))
-    known |= {"--new-key", "--scopes", "--wait", "--rm", "--no-deps"}
+    known |= {"--new-key", "--scopes", "--wait", "--rm", "--no-deps", "--trace-config"}
     known |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # of torchrun
     assert asked <= known
     assert "--dry-run" in asked

@@ -85,7 +85,8 @@ async def load(http: httpx.AsyncClient) -> AsyncIterator[Seen]:
 async def embed(http: httpx.AsyncClient, model: str = "", **headers: str) -> httpx.Response:
     """One image."""
     headers = {"content-type": "image/png", **{k.replace("_", "-"): v for k, v in headers.items()}}
-    return await http.post("/embed", params={"model": model}, content=png(), headers=headers)
+    params = {"model": model} if model else {}
+    return await http.post("/embed", params=params, content=png(), headers=headers)
 
 
 def is_refused(response: httpx.Response) -> bool:
