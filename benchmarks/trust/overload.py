@@ -36,7 +36,6 @@ SECONDS = 8.0
 CALLERS = 64
 MOST_MB = 50
 COLOURS = 64
-FACTORS = (0.9, 2, 4, 10)
 LATE_S = 0.05
 IN_TIME_S = 2.0
 """An answer counts that comes within this time of its planned arrival."""
