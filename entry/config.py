@@ -252,7 +252,7 @@ class Entry:
             dims["EMBEDDING"] = features.embedding.dim
         if labels is not None:
             dims["LOGITS"] = len(labels)
-        # Absent with EMBEDDING, as it was when it was measured there.
+        # An entry without EMBEDDING has none, as the contract of an entry says.
         if labels is not None and features.embedding:
             dims["KNOWN"] = 1
         return dims

@@ -1,8 +1,7 @@
 """HTTP connections: how many, how long each may take, and the refusal that costs least.
 
 Stands on uvicorn's protocol over httptools. A request that can't be admitted is refused when its head has been read:
-before routing, validation and the body, for a few per cent of what an answer costs, so that callers who ask for ten
-times what there is leave time to answer.
+before routing, validation and the body, for a small part of what an answer costs.
 """
 
 import asyncio

@@ -25,7 +25,10 @@ class Decoder:
         self._limits = settings.image_limits
         self._fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
         self._metrics = metrics
-        self._count = len(os.sched_getaffinity(0))
+        # The cores that this process may use, where the system says so.
+        self._count = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         self._threads = ThreadPoolExecutor(self._count, "decode")
         self._aside = Aside(self._limits, max(1, self._count // 2))
 

@@ -21,7 +21,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         connections: Connections = app.state.connections
-        connections.most = min(connections.most, max(1, _open_files() - OTHER_FILES))
+        connections.most = max(1, _allow_files(connections.most + OTHER_FILES) - OTHER_FILES)
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -45,8 +45,11 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
 
-def _open_files() -> int:
-    """How many files this process may open, after asking for as many as it is allowed to ask for."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return most
+def _allow_files(wanted: int) -> int:
+    """Ask for so many open files. Returns how many of them this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Unlimited is a negative number.
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft not in (resource.RLIM_INFINITY, hard) and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed

@@ -1,5 +1,6 @@
 """Connections, spoken to in bytes: what is refused unread, what is no HTTP, and callers that are slow."""
 
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,7 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service import connections
+from service import connections, server
 from service.admission import Flow
 from service.app import create_app
 from service.settings import Settings
@@ -222,3 +223,18 @@ def test_of_too_many_connections_the_longest_idle_is_closed(tmp_path: Path) -> N
         assert read(first) == b""
         others[1].sendall(b"123456789")
         assert status(others[1]) == 422
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [((1024, resource.RLIM_INFINITY), 2256), ((1024, 1500), 1500), ((4096, 4096), 2256)],
+)
+def test_as_many_files_are_asked_for_as_connections_need(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], allowed: int
+) -> None:
+    """An unlimited number is a negative one to the system."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: asked.append(pair))
+    assert server._allow_files(2256) == allowed
+    assert asked == ([] if limits[0] >= allowed else [(allowed, limits[1])])

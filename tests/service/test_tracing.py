@@ -83,7 +83,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def traced(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Receiver:
-    """Whatever starts is told of the receiver."""
+    """The service that a test starts sends its spans there."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
     return receiver
 
