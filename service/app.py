@@ -27,7 +27,7 @@ from service.engines.triton import TritonEngine
 from service.gateway import Gateway
 from service.limits import BodyLimit, HeadAsGet
 from service.routes import classify, embed, models, openai, operations, pages
-from service.server import Server
+from service.server import Server, bind
 from service.settings import Settings, SettingsError, load_settings, unknown_variables
 from service.telemetry import Metrics, Telemetry, configure_logs, log
 
@@ -140,20 +140,6 @@ def check_repository(settings: Settings) -> None:
         raise SettingsError(f"PRG_DEFAULT_MODEL={settings.default_model!r} is not served; there are: {there}")
 
 
-async def check_address(settings: Settings) -> None:
-    """Bind and release the port, as the server will bind it later. Raises SettingsError.
-
-    Before the models are loaded, which takes a while: a port in use is an error at once, and no caller waits
-    at a port that does not answer yet.
-    """
-    loop = asyncio.get_running_loop()
-    try:
-        server = await loop.create_server(asyncio.Protocol, settings.host, settings.port, start_serving=False)
-    except OSError as error:
-        raise SettingsError(f"PRG_HOST={settings.host} PRG_PORT={settings.port}: {error}") from None
-    server.close()
-
-
 def _on_hangup(tasks: asyncio.TaskGroup, gateway: Gateway) -> None:
     """SIGHUP: rescan the repository and the keys, while serving goes on."""
     # Signals belong to the main thread.
@@ -209,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings()
         app = create_app(settings)
-        asyncio.run(check_address(settings))
+        sockets = asyncio.run(bind(settings))
     except SettingsError as error:
         print(f"prg-serve: {error}", file=sys.stderr)
         return 2
@@ -221,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         log.warning("unknown setting", variable=variable, reason="it changes nothing", perhaps_meant=meant)
     models = ", ".join(settings.triton_url) if settings.engine == "triton" else settings.model_repository
     print(f"models from {models}; serving on {address} once they are loaded", file=sys.stderr)
-    Server(app, settings).run()
+    Server(app, settings).run(sockets)
     return 0
 
 

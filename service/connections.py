@@ -7,12 +7,14 @@ before routing, validation and the body, for a small part of what an answer cost
 import asyncio
 import math
 import uuid
-from collections.abc import Mapping
-from functools import lru_cache
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.admission import Admission, Flow
 from service.auth import Keys
@@ -31,6 +33,9 @@ UNREAD_S = 30.0
 DRAINED_BYTES = 1 << 20
 """So much of a refused body is read, so that its sender reads the refusal and the connection goes on."""
 SWEEP_S = 1.0
+STARTS = 2
+"""Requests that are begun in one turn of the event loop. What has been admitted waits here, not as tasks that are all
+ready to run: one turn would then take as long as all of them, and for so long nothing is accepted, read or refused."""
 ROUTES = frozenset(route.encode() for route in INFERENCE_ROUTES)
 
 
@@ -50,6 +55,19 @@ class Connections:
         self.most = most
         self._cors = frozenset(origin.encode() for origin in cors_origins)
         self._refused = 0
+        self._to_start: deque[Callable[[], None]] = deque()
+
+    def start(self, request: Callable[[], None]) -> None:
+        """Begin with a request soon, in the order of their arrival."""
+        if not self._to_start:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._to_start.append(request)
+
+    def _turn(self) -> None:
+        for _ in range(min(STARTS, len(self._to_start))):
+            self._to_start.popleft()()
+        if self._to_start:
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def make_room(self, count: int) -> None:
         """Of more connections than allowed, close the one whose caller has let us wait longest."""
@@ -162,6 +180,13 @@ class Connection(HttpToolsProtocol):
             super().on_headers_complete()
             # The request's own deadline bounds how long its body may take.
             self._wait(math.inf)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        start = partial(super()._start_asgi_task, cycle, app)
+        if self._flow:
+            self._all.start(start)
+        else:
+            start()
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:

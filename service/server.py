@@ -1,6 +1,9 @@
 """The HTTP server: uvicorn with our connections."""
 
+import asyncio
 import resource
+import socket
+import sys
 import threading
 from functools import partial
 from types import FrameType
@@ -10,10 +13,32 @@ from fastapi import FastAPI
 
 from service.connections import IDLE_S, Connection, Connections
 from service.gateway import Gateway
-from service.settings import Settings
+from service.settings import Settings, SettingsError
+from service.telemetry import log
 
 OTHER_FILES = 256
 """Files that are open beside connections, at most: those of the models, of Triton's channels, of fetched URLs."""
+
+
+ACCEPTS = 16
+"""Under so many descriptors each socket is listened on: in a turn of the event loop libuv accepts one connection from
+each, and a turn may take milliseconds."""
+
+
+async def bind(settings: Settings) -> list[socket.socket]:
+    """The sockets of PRG_HOST and PRG_PORT, each under `ACCEPTS` descriptors. Raises SettingsError.
+
+    Nothing listens on them yet. So a port in use is an error before the models are loaded, which takes a while, and
+    no caller waits at a port that does not answer.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        server = await loop.create_server(asyncio.Protocol, settings.host, settings.port, start_serving=False)
+    except OSError as error:
+        raise SettingsError(f"PRG_HOST={settings.host} PRG_PORT={settings.port}: {error}") from None
+    sockets = [of.dup() for of in server.sockets for _ in range(ACCEPTS)]
+    server.close()
+    return sockets
 
 
 class Server(uvicorn.Server):
@@ -35,6 +60,15 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._state = app.state
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        # Another process listens since the port was bound.
+        except OSError as error:
+            log.error("can't listen", reason=str(error))
+            await self.lifespan.shutdown()
+            sys.exit(1)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         gateway: Gateway | None = self._state.gateway if self.started else None

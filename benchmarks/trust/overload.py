@@ -9,19 +9,21 @@ Once with a model that takes no time, so that the gateway is the limit; with Tri
 the engine is.
 """
 
-import asyncio
 import json
 import os
+import select
+import socket
+import struct
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import uvloop
 
 from benchmarks.trust.rows import Absent, Row, main
 from benchmarks.trust.stage import Stage, staged
@@ -43,19 +45,32 @@ PATIENCE_S = 30.0
 """How long after the last arrival answers are waited for."""
 
 
+class Answer(NamedTuple):
+    """What came of an image."""
+
+    colour: int
+    latency_s: float
+    body: bytes
+
+
 @dataclass
 class Tally:
     """What became of the requests of one row."""
 
     sent: int = 0
-    latencies: list[float] = field(default_factory=list)
-    statuses: dict[int, int] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
     wrong: int = 0
     broken: int = 0
+    """Their connection ended before the answer."""
     no_retry_after: int = 0
     late: list[float] = field(default_factory=list)
-    connections: int = 0
     most_connections: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many are neither answered nor broken."""
+        return self.sent - self.statuses.total() - self.broken
 
     def facts(self) -> dict[str, object]:
         """Counts, for whoever watches."""
@@ -63,147 +78,136 @@ class Tally:
         return facts | {"connections": self.most_connections, "no_retry_after": self.no_retry_after}
 
 
-class Caller(asyncio.Protocol):
-    """One connection: sends a request, reads the answer, and is then free for another."""
+class Line:
+    """A connection: one request at a time."""
 
-    def __init__(self, load: "Load") -> None:
-        self.load = load
-        self.buffer = b""
-        self.colour = -1
-        self.due = 0.0
-        self.done: asyncio.Future[None] | None = None
+    __slots__ = ("buffer", "colour", "due", "socket")
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self.load.tally.connections += 1
-        tally = self.load.tally
-        tally.most_connections = max(tally.most_connections, tally.connections)
-
-    def send(self, colour: int, due: float) -> None:
-        """One request; its latency counts from `due`."""
+    def __init__(self, connection: socket.socket, colour: int, due: float) -> None:
+        self.socket = connection
         self.colour, self.due = colour, due
-        self.load.tally.sent += 1
-        self.transport.write(self.load.requests[colour])
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        head, found, body = self.buffer.partition(b"\r\n\r\n")
-        if not found:
-            return
-        lines = head.lower().split(b"\r\n")
-        headers = dict(line.split(b": ", 1) for line in lines[1:])
-        length = int(headers.get(b"content-length", b"0"))
-        if len(body) < length:
-            return
-        self.buffer = body[length:]
-        self._answered(int(lines[0][9:12]), headers, body[:length])
-        if headers.get(b"connection") == b"close":
-            self.transport.close()
-        else:
-            self.load.free.append(self)
-
-    def _answered(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
-        tally = self.load.tally
-        tally.statuses[status] = tally.statuses.get(status, 0) + 1
-        if status == 200:
-            tally.latencies.append(time.perf_counter() - self.due)
-            found = json.loads(body)["data"][0]["embedding"][:3]
-            tally.wrong += not np.allclose(found, self.load.colours[self.colour] / 255, atol=1e-3)
-        elif status in (429, 503) and b"retry-after" not in headers:
-            tally.no_retry_after += 1
-        self.colour = -1
-        if self.done:
-            self.done.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.load.tally.connections -= 1
-        if self.colour >= 0:
-            self.load.tally.broken += 1
-            if self.done and not self.done.done():
-                self.done.set_result(None)
+        """Of the image that waits for its answer, -1 if none does; and when it was to be sent."""
+        self.buffer = b""
 
 
 class Load:
-    """Requests to one address."""
+    """Requests to one address, by one thread that does nothing else."""
 
     def __init__(self, port: int) -> None:
-        self.port = port
+        self._address = ("127.0.0.1", port)
         rng = np.random.default_rng(0)
         self.colours = rng.integers(0, 256, (COLOURS, 3))
-        self.requests = []
+        self._requests = []
         for colour in self.colours:
             body = png(tuple(int(c) for c in colour))
             head = (
                 f"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {len(body)}"
             )
-            self.requests.append(head.encode() + b"\r\n\r\n" + body)
-        self.free: deque[Caller] = deque()
-        self.tally = Tally()
+            self._requests.append(head.encode() + b"\r\n\r\n" + body)
+        self._lines: dict[int, Line] = {}
+        self._free: list[Line] = []
+        self._poll = select.epoll()
+        self._tally = Tally()
 
-    async def open(self) -> Caller:
-        """A new connection."""
-        loop = asyncio.get_running_loop()
-        _, caller = await loop.create_connection(lambda: Caller(self), "127.0.0.1", self.port)
-        return caller
+    def closed(self, callers: int, seconds: float) -> float:
+        """Answers a second to so many callers who each wait for theirs."""
+        self._tally = tally = Tally()
+        begin = time.perf_counter()
+        for number in range(callers):
+            self._send(number % COLOURS, begin)
+        while (now := time.perf_counter()) < begin + seconds:
+            self._read(0.1)
+            while self._free:
+                self._send(tally.sent % COLOURS, now)
+        self.close()
+        return len(tally.answers) / seconds
+
+    def arrivals(self, rate: float, seconds: float, watch: Callable[[], None]) -> Tally:
+        """Requests at random, so many a second; `watch` is called every quarter of a second."""
+        self._tally = tally = Tally()
+        gaps = np.random.default_rng(1).exponential(1 / rate, int(rate * seconds))
+        times = np.cumsum(gaps).tolist()
+        begin = time.perf_counter()
+        until, watched = begin + times[-1] + PATIENCE_S, begin
+        sent = 0
+        while (now := time.perf_counter()) < until and (sent < len(times) or tally.waiting):
+            while sent < len(times) and begin + times[sent] <= now:
+                tally.late.append(now - begin - times[sent])
+                self._send(sent % COLOURS, begin + times[sent])
+                sent += 1
+                if sent % 16 == 0:
+                    break
+            self._read(0.0 if sent < len(times) and begin + times[sent] <= now else 0.001)
+            if now > watched + 0.25:
+                watch()
+                watched = now
+        for line in [line for line in self._lines.values() if line.colour >= 0]:
+            self._drop(line)
+        for answer in tally.answers:
+            found = json.loads(answer.body)["data"][0]["embedding"][:3]
+            tally.wrong += not np.allclose(found, self.colours[answer.colour] / 255, atol=1e-3)
+        return tally
 
     def close(self) -> None:
-        """Close the connections that wait for nothing."""
-        while self.free:
-            self.free.pop().transport.close()
+        """Close all connections."""
+        for line in list(self._lines.values()):
+            self._drop(line)
 
-    async def closed(self, callers: int, seconds: float) -> float:
-        """Answers a second to so many callers."""
-        self.tally = Tally()
-        loop = asyncio.get_running_loop()
-        end = time.perf_counter() + seconds
+    def _send(self, colour: int, due: float) -> None:
+        """On a connection that waits for none, or on a new one."""
+        self._tally.sent += 1
+        if self._free:
+            line = self._free.pop()
+            line.colour, line.due = colour, due
+            line.socket.send(self._requests[colour])
+            return
+        connection = socket.socket()
+        connection.setblocking(False)
+        # Closed without a TIME_WAIT, which would keep its port from the next ones.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.connect_ex(self._address)
+        self._lines[connection.fileno()] = Line(connection, colour, due)
+        self._poll.register(connection.fileno(), select.EPOLLOUT)
+        self._tally.most_connections = max(self._tally.most_connections, len(self._lines))
 
-        async def call(number: int) -> None:
-            caller = await self.open()
-            while time.perf_counter() < end:
-                caller.done = loop.create_future()
-                caller.send(number % COLOURS, time.perf_counter())
-                await caller.done
-            caller.transport.close()
-
-        await asyncio.gather(*map(call, range(callers)))
-        self.free.clear()
-        return len(self.tally.latencies) / seconds
-
-    async def arrivals(self, rate: float, seconds: float) -> Tally:
-        """Requests at random, so many a second."""
-        self.tally = tally = Tally()
-        rng = np.random.default_rng(1)
-        times = np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
-        tasks: set[asyncio.Task[None]] = set()
-        begin = time.perf_counter()
-
-        async def fresh(colour: int, due: float) -> None:
+    def _read(self, wait_s: float) -> None:
+        for number, event in self._poll.poll(wait_s):
+            line = self._lines[number]
             try:
-                (await self.open()).send(colour, due)
+                if event & select.EPOLLOUT:
+                    line.socket.send(self._requests[line.colour])
+                    self._poll.modify(number, select.EPOLLIN)
+                elif data := line.socket.recv(1 << 16):
+                    line.buffer += data
+                    self._answered(line)
+                else:
+                    self._drop(line)
             except OSError:
-                tally.broken += 1
+                self._drop(line)
 
-        for i, at in enumerate(times):
-            due = begin + at
-            while (left := due - time.perf_counter()) > 0:
-                await asyncio.sleep(max(left, 0.0005))
-            tally.late.append(-left)
-            while self.free and self.free[-1].transport.is_closing():
-                self.free.pop()
-            if self.free:
-                self.free.pop().send(i % COLOURS, due)
-            else:
-                task = asyncio.ensure_future(fresh(i % COLOURS, due))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            if i % 16 == 0:
-                await asyncio.sleep(0)
-        end = time.perf_counter() + PATIENCE_S
-        while tasks or (
-            tally.sent > sum(tally.statuses.values()) + tally.broken and time.perf_counter() < end
-        ):
-            await asyncio.sleep(0.05)
-        return tally
+    def _answered(self, line: Line) -> None:
+        head, found, body = line.buffer.partition(b"\r\n\r\n")
+        head = head.lower()
+        if not found or len(body) < int(head.partition(b"content-length: ")[2].partition(b"\r")[0]):
+            return
+        tally, status = self._tally, int(head[9:12])
+        tally.statuses[status] += 1
+        if status == 200:
+            tally.answers.append(Answer(line.colour, time.perf_counter() - line.due, body))
+        else:
+            tally.no_retry_after += status in (429, 503) and b"\r\nretry-after: " not in head
+        line.buffer, line.colour = b"", -1
+        if b"\r\nconnection: close" in head:
+            self._drop(line)
+        else:
+            self._free.append(line)
+
+    def _drop(self, line: Line) -> None:
+        self._tally.broken += line.colour >= 0
+        if line.colour < 0 and line in self._free:
+            self._free.remove(line)
+        del self._lines[line.socket.fileno()]
+        line.socket.close()
 
 
 def resident_mb(pid: int) -> float:
@@ -212,35 +216,25 @@ def resident_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-async def measure(port: int, pid: int, slow: bool) -> list[Row]:
+def measure(port: int, pid: int, slow: bool) -> list[Row]:
     """All rows against a running service."""
     load = Load(port)
-    await load.closed(CALLERS, 2)
-    limit = await load.closed(CALLERS, SECONDS)
+    load.closed(CALLERS, 2)
+    limit = load.closed(CALLERS, SECONDS)
     idle, usual = resident_mb(pid), 0.0
     rows: list[Row] = []
     for factor, wanted in FACTORS.items():
-        peak = idle
-
-        async def watch() -> None:
-            nonlocal peak
-            while True:
-                peak = max(peak, resident_mb(pid))
-                await asyncio.sleep(0.25)
-
-        watching = asyncio.ensure_future(watch())
-        tally = await load.arrivals(factor * limit, SECONDS)
-        watching.cancel()
+        memory = [idle]
+        tally = load.arrivals(factor * limit, SECONDS, lambda: memory.append(resident_mb(pid)))  # noqa: B023
         begun = time.perf_counter()
-        while (await load.arrivals(20, 0.5)).statuses.keys() != {200}:
+        while load.arrivals(20, 0.5, lambda: None).statuses.keys() != {200}:
             pass
         recovery = time.perf_counter() - begun - 0.5
         load.close()
-        goodput = sum(latency <= IN_TIME_S for latency in tally.latencies) / SECONDS
+        goodput = sum(answer.latency_s <= IN_TIME_S for answer in tally.answers) / SECONDS
         usual = usual or goodput
-        rows.append(
-            row(tally, factor, limit, goodput / usual, WHERE_SLOW if slow else wanted, peak - idle, recovery)
-        )
+        bound = WHERE_SLOW if slow else wanted
+        rows.append(row(tally, factor, limit, goodput / usual, bound, max(memory) - idle, recovery))
         print(json.dumps({"factor": factor, **tally.facts()}), file=sys.stderr)
     return rows
 
@@ -250,9 +244,9 @@ def row(
 ) -> Row:
     """What one load came to."""
     late = float(np.percentile(tally.late, 99))
-    p50, p99 = np.percentile(tally.latencies or [0.0], (50, 99))
+    p50, p99 = np.percentile([a.latency_s for a in tally.answers] or [0.0], (50, 99))
     refused = sum(count for status, count in tally.statuses.items() if status in (429, 503))
-    strange = tally.sent - len(tally.latencies) - refused
+    strange = tally.sent - len(tally.answers) - refused
     figure = (
         f"goodput {share * 100:.0f} %, p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms, {tally.wrong} wrong, "
         f"{strange} neither answered nor refused, {more_mb:+.0f} MB, as before after {recovery_s:.1f} s"
@@ -296,7 +290,7 @@ def run(engine: str) -> list[Row]:
         with staged(engine) as stage, apart(stage):
             if slow:
                 stage.slow(SLOW_MS)
-            rows += uvloop.run(measure(stage.gateway.port, stage.gateway.process.pid, slow))
+            rows += measure(stage.gateway.port, stage.gateway.process.pid, slow)
     return rows
 
 
