@@ -6,7 +6,7 @@ before routing, validation and the body, for a small part of what an answer cost
 
 import asyncio
 import math
-import uuid
+import random
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -248,7 +248,7 @@ class Connection(HttpToolsProtocol):
         retry_after = (problem.headers or {}).get("Retry-After", "1")
         head, body = _rendered(problem.kind, problem.detail, self._path(), retry_after, self._last)
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
+        request_id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"
         cors = self._all.cors(headers[b"origin"]) if b"origin" in headers else b""
         self.transport.write(b"%sx-request-id: %s\r\n%s\r\n%s" % (head, request_id.encode(), cors, body))
         self._refused = True

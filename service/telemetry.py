@@ -1,10 +1,10 @@
 """Metrics, logs and the request id."""
 
 import logging
+import random
 import re
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, get_args
@@ -111,7 +111,7 @@ class Telemetry:
             await self.app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
+        request_id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"
         status = CLIENT_CLOSED
 
         async def tagged(message: Message) -> None:
