@@ -5,6 +5,7 @@ import re
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -58,11 +59,21 @@ BOXED = (
 LARGE_PIXELS = 12_000_000
 """Of pictures larger than this one is decoded at a time, whatever the number of threads: each can take hundreds
 of megabytes for a moment."""
-MANY_SCANS = 50
-"""Of a JPEG; the usual progressive one has ten. A decoder goes over the whole picture for each."""
 COMPLEX = ("AVIF", "HEIF", "TIFF")
 """Formats with large decoders, in which holes are found year by year."""
 _large = threading.Lock()
+
+
+class Effort(NamedTuple):
+    """How large a picture is to a decoder."""
+
+    pixels: int
+    """That are decoded: of a JPEG at the scale it is read at."""
+    scans: int
+    """Of a JPEG; the usual progressive one has ten. A decoder goes over the whole picture for each."""
+
+
+LIGHT = Effort(LARGE_PIXELS, 50)
 
 
 @dataclass(frozen=True)
@@ -75,15 +86,15 @@ class Limits:
 
 
 class Heavy(Exception):
-    """An image that may take long to decode, or much memory, or is of a complex format."""
+    """An image that takes more than the effort asked for, or is of a complex format."""
 
 
 def load_image(
-    data: bytes, spec: ImageSpec, limits: Limits = Limits(), light_only: bool = False
+    data: bytes, spec: ImageSpec, limits: Limits = Limits(), most: Effort | None = None
 ) -> np.ndarray:
     """Decode and preprocess one image file: uint8 [3, S, S].
 
-    light_only: raise Heavy before decoding what had better be decoded in a process of its own.
+    most: raise Heavy before decoding what takes more.
 
     Raises ImageError: 413 over the byte or pixel cap (known from the header, before a pixel is decoded), 415 for a
     format that is not accepted, 422 for what can't be decoded, or only by guessing what its numbers mean.
@@ -106,12 +117,12 @@ def load_image(
                 f"at most {limits.max_pixels:,} are taken",
             )
         scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 1
-        if light_only and (picture.format in COMPLEX or scans > MANY_SCANS):
+        if most and (picture.format in COMPLEX or scans > most.scans):
             raise Heavy
         try:
             if picture.format in ("AVIF", "HEIF"):
                 require_standard_range(data)
-            return image_array(picture, spec, light_only)
+            return image_array(picture, spec, most)
         except Heavy:
             raise
         except Unreadable as error:
@@ -128,15 +139,15 @@ def load_image(
             ) from None
 
 
-def image_array(picture: Image.Image, spec: ImageSpec, light_only: bool = False) -> np.ndarray:
-    """Preprocess an opened picture: uint8 [3, S, S]. Raises Heavy where it is large and only light ones are wanted."""
+def image_array(picture: Image.Image, spec: ImageSpec, most: Effort | None = None) -> np.ndarray:
+    """Preprocess an opened picture: uint8 [3, S, S]. Raises Heavy where it has more pixels than `most`."""
     # libjpeg keeps a progressive picture whole, whatever the scale.
     whole = picture.width * picture.height if "progressive" in picture.info else 0
     extent = reduce_scale(picture, spec)
-    large = max(whole, picture.width * picture.height) > LARGE_PIXELS
-    if large and light_only:
+    pixels = max(whole, picture.width * picture.height)
+    if most and pixels > most.pixels:
         raise Heavy
-    with _large if large else nullcontext():
+    with _large if pixels > LARGE_PIXELS else nullcontext():
         picture = preprocess(picture, spec, extent)
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 

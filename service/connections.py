@@ -7,7 +7,7 @@ before routing, validation and the body, for a small part of what an answer cost
 import asyncio
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -33,7 +33,7 @@ UNREAD_S = 30.0
 DRAINED_BYTES = 1 << 20
 """So much of a refused body is read, so that its sender reads the refusal and the connection goes on."""
 SWEEP_S = 1.0
-STARTS = 2
+STARTS = 16
 """Requests that are begun in one turn of the event loop. What has been admitted waits here, not as tasks that are all
 ready to run: one turn would then take as long as all of them, and for so long nothing is accepted, read or refused."""
 ROUTES = frozenset(route.encode() for route in INFERENCE_ROUTES)
@@ -54,7 +54,8 @@ class Connections:
         self._metrics = metrics
         self.most = most
         self._cors = frozenset(origin.encode() for origin in cors_origins)
-        self._refused = 0
+        self._refused: Counter[tuple[bytes, int]] = Counter()
+        """By path and status, since the last sweep: to count each in the metrics would be a third of its cost."""
         self._to_start: deque[Callable[[], None]] = deque()
 
     def start(self, request: Callable[[], None]) -> None:
@@ -84,10 +85,8 @@ class Connections:
         problem = self._keys.spent(key)
         if problem is None and (seconds := self.admission.shut(flow)):
             problem = unavailable(f"the {self.admission.capacity} places for images are taken", seconds)
-            self._metrics.rejected("queue full")
         if problem:
-            self._refused += 1
-            self._metrics.refused(path.decode(), problem.kind.status)
+            self._refused[path, problem.kind.status] += 1
         return flow, problem
 
     def cors(self, origin: bytes) -> bytes:
@@ -107,10 +106,11 @@ class Connections:
                 connection.too_slow()
             for connection in [c for c, until in self.unread.items() if until < now]:
                 connection.transport.abort()
-            # One line a second: a line each would cost more than the refusals.
             if self._refused:
-                log.warning("refused unread", requests=self._refused, waiting=self.admission.held)
-                self._refused = 0
+                log.warning("refused unread", requests=self._refused.total(), waiting=self.admission.held)
+            for (path, status), count in self._refused.items():
+                self._metrics.refused(path.decode(), status, count)
+            self._refused.clear()
 
 
 class Connection(HttpToolsProtocol):

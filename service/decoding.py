@@ -1,4 +1,4 @@
-"""Decoding: a request's images to arrays, each by itself and off the event loop."""
+"""Decoding: a request's images to arrays, each by itself, and but for a small one off the event loop."""
 
 import asyncio
 import os
@@ -9,13 +9,17 @@ from functools import partial
 import numpy as np
 
 from entry.config import ImageSpec
-from entry.images import Heavy, ImageError, load_image
+from entry.images import LIGHT, Effort, Heavy, ImageError, load_image
 from service import tracing
 from service.aside import Aside
 from service.fetch import Fetcher
 from service.intake import Item, Remote
 from service.settings import Settings
 from service.telemetry import Metrics
+
+SMALL = Effort(pixels=1 << 16, scans=12)
+SMALL_BYTES = 16 << 10
+"""A small image that comes alone is decoded on the event loop: it takes less than the way to a thread and back."""
 
 
 class Decoder:
@@ -43,7 +47,21 @@ class Decoder:
         # A request has no more images in the threads' queue than there are threads: the next request's come in between.
         places = asyncio.Semaphore(self._count)
         with tracing.span("decode", images=len(items)):
+            if len(items) == 1 and (small := self._decode_small(items[0], spec)) is not None:
+                return [small]
             return await asyncio.gather(*(self._decode(item, spec, places) for item in items))
+
+    def _decode_small(self, item: Item, spec: ImageSpec) -> np.ndarray | ImageError | None:
+        """A small image; None for any other."""
+        if isinstance(item, Remote) or len(item.args[0]) > SMALL_BYTES:
+            return None
+        try:
+            with self._metrics.decode_seconds.time():
+                return load_image(item(), spec, self._limits, SMALL)
+        except Heavy:
+            return None
+        except ImageError as error:
+            return error
 
     async def _decode(
         self, item: Item, spec: ImageSpec, places: asyncio.Semaphore
@@ -70,6 +88,6 @@ class Decoder:
         data = read()
         try:
             with self._metrics.decode_seconds.time():
-                return load_image(data, spec, self._limits, light_only=True)
+                return load_image(data, spec, self._limits, LIGHT)
         except Heavy:
             return data

@@ -18,6 +18,7 @@ from service.multipart import MultipartError, TooManyPartsError, parse_multipart
 from service.schemas import Options
 from service.settings import Settings
 
+T = TypeVar("T")
 Kind = TypeVar("Kind", bound=Options)
 
 
@@ -28,13 +29,14 @@ class Remote:
     url: str
 
 
-Item = Callable[[], bytes] | Remote
-"""Gives an image's bytes, in a decoding thread; raises ImageError. Or says where they are."""
+Item = partial[bytes] | Remote
+"""Gives an image's bytes, out of its only or first argument; raises ImageError. Or says where they are."""
 FORMS = (
     "send multipart/form-data with `files` (curl -F files=@photo.jpg), an image as the body with its "
     'image/* type, or JSON {"inputs": [{"b64": "…"}]}'
 )
 
+SMALL_BODY = 32 << 10
 MOST_FIELDS = 100
 """Fields of a form beside its files."""
 
@@ -58,20 +60,23 @@ async def read_request(request: Request, options: type[Kind], settings: Settings
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         content_type = request.headers["content-type"]
-        items, given = await run_in_threadpool(
-            _parse_form, await request.body(), content_type, settings.max_images
-        )
+        items, given = await _aside(_parse_form, await request.body(), content_type, settings.max_images)
         return items, parse_options(options, [query, given])
     if kind == "application/json":
-        items, given = await run_in_threadpool(_parse_json, await request.body(), settings)
+        items, given = await _aside(_parse_json, await request.body(), settings)
         return items, parse_options(options, [query, given])
     if kind.startswith("image/"):
         body = await request.body()
-        return [lambda: body], parse_options(options, [query])
+        return [partial(bytes, body)], parse_options(options, [query])
     if not kind and not await request.body():
         raise _no_image()
     reason = f"{kind[:80]!r} is not accepted" if kind else "the body has no Content-Type"
     raise Problem(errors.CONTENT_TYPE_NOT_ACCEPTED, f"{reason}; {FORMS}")
+
+
+async def _aside(parse: Callable[..., T], body: bytes, *more: object) -> T:
+    """Parsed in a thread, but for a body so small that the way there and back takes longer."""
+    return parse(body, *more) if len(body) <= SMALL_BODY else await run_in_threadpool(parse, body, *more)
 
 
 def parse_options(kind: type[Kind], given: Iterable[Given]) -> Kind:

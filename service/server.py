@@ -69,13 +69,15 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
+            # uvloop keeps to itself that a socket can't be listened on.
+            for bound in sockets or ():
+                bound.listen(self.config.backlog)
             # What has been loaded stays, so it is not looked at again.
             gc.collect()
             gc.freeze()
             gc.set_threshold(YOUNG_OBJECTS)
-        # Another process listens since the port was bound.
-        except OSError as error:
-            log.error("can't listen", reason=str(error))
+        except OSError:
+            log.error("can't listen", port=self.config.port, reason="another process listens there by now")
             await self.lifespan.shutdown()
             sys.exit(1)
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entry.config import Fingerprints
 from service import tracing
-from service.errors import INTERNAL_ERROR, Problem
+from service.errors import INTERNAL_ERROR, SERVICE_UNAVAILABLE, Problem
 from service.headers import secured
 from service.limits import HungUp
 
@@ -83,9 +83,11 @@ class Metrics:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def refused(self, route: str, status: int) -> None:
-        """Count a request that was not read."""
-        self._requests.labels(route, str(status)).inc()
+    def refused(self, route: str, status: int, count: int) -> None:
+        """Count requests that were not read."""
+        self._requests.labels(route, str(status)).inc(count)
+        if status == SERVICE_UNAVAILABLE.status:
+            self._rejected.labels("queue full").inc(count)
 
     def images(self, model: str, good: int, bad: int, key: str | None = None) -> None:
         """Count a request's images, and whose they are where there are keys."""

@@ -3,7 +3,7 @@
 The service runs on one core; the generator, and Triton, on another. First the limit: as many answers a second as 64
 callers get who each wait for theirs. Then arrivals at random (Poisson) at 0.9, 2, 4 and 10 times that. A request goes
 out on a connection that waits for none, or on a new one; each answer is checked against its own image. Goodput is right
-answers within 2 s, beside that at 0.9 times. A row is skipped where the generator itself was late.
+answers within 2 s, a second and beside that at 0.9 times. A row is skipped where the generator itself was late.
 
 Once with a model that takes no time, so that the gateway is the limit; with Triton also with one that is slow, so that
 the engine is.
@@ -234,13 +234,20 @@ def measure(port: int, pid: int, slow: bool) -> list[Row]:
         goodput = sum(answer.latency_s <= IN_TIME_S for answer in tally.answers) / SECONDS
         usual = usual or goodput
         bound = WHERE_SLOW if slow else wanted
-        rows.append(row(tally, factor, limit, goodput / usual, bound, max(memory) - idle, recovery))
+        rows.append(row(tally, factor, limit, goodput, goodput / usual, bound, max(memory) - idle, recovery))
         print(json.dumps({"factor": factor, **tally.facts()}), file=sys.stderr)
     return rows
 
 
 def row(
-    tally: Tally, factor: float, limit: float, share: float, wanted: float, more_mb: float, recovery_s: float
+    tally: Tally,
+    factor: float,
+    limit: float,
+    goodput: float,
+    share: float,
+    wanted: float,
+    more_mb: float,
+    recovery_s: float,
 ) -> Row:
     """What one load came to."""
     late = float(np.percentile(tally.late, 99))
@@ -248,7 +255,8 @@ def row(
     refused = sum(count for status, count in tally.statuses.items() if status in (429, 503))
     strange = tally.sent - len(tally.answers) - refused
     figure = (
-        f"goodput {share * 100:.0f} %, p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms, {tally.wrong} wrong, "
+        f"goodput {goodput:.0f}/s, {share * 100:.0f} %, p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms, "
+        f"{tally.wrong} wrong, "
         f"{strange} neither answered nor refused, {more_mb:+.0f} MB, as before after {recovery_s:.1f} s"
     )
     good = share >= wanted and p99 <= IN_TIME_S and more_mb <= MOST_MB and recovery_s <= IN_TIME_S

@@ -79,14 +79,20 @@ class Batcher:
         size = self.runner.entry.prg.image.size
         if job.images.shape[1:] != (3, size, size):
             raise EngineUnavailable("the model was replaced while the request was under way")
-        count, queued = len(job.images), len(self._waiting())
+        count, queued = len(job.images), self._queued()
         if queued + count > self._capacity:
             raise EngineOverloaded(f"{queued} images are waiting, at most {self._capacity} may")
         loop = asyncio.get_running_loop()
         waiting = _Waiting(job, loop.create_future(), loop.time(), count)
         self._queues[job.priority].extend((waiting, row) for row in range(count))
-        self._arrival.set()
-        return await waiting.answer
+        # Between the first row and a full batch nobody need look.
+        if not queued or queued + count >= self._max_batch:
+            self._arrival.set()
+        try:
+            return await waiting.answer
+        except asyncio.CancelledError:
+            self._forget(waiting)
+            raise
 
     async def drain(self) -> None:
         """Take no more, finish what waits, stop."""
@@ -96,13 +102,21 @@ class Batcher:
 
     async def close(self) -> None:
         """Stop after the batch in progress; what waits fails."""
-        for waiting in self._waiting():
-            waiting.fail(EngineUnavailable("the engine is stopping"))
+        for queue in self._queues.values():
+            for waiting, _ in queue:
+                waiting.fail(EngineUnavailable("the engine is stopping"))
         await self.drain()
 
-    def _waiting(self) -> list[_Waiting]:
-        """The job of each row that is queued, but for those who gave up."""
-        return [job for queue in self._queues.values() for job, _ in queue if not job.answer.done()]
+    def _queued(self) -> int:
+        """How many rows wait."""
+        return sum(map(len, self._queues.values()))
+
+    def _forget(self, waiting: _Waiting) -> None:
+        """Take the rows of a job that gave up out of its queue."""
+        queue = self._queues[waiting.job.priority]
+        left = [row for row in queue if row[0] is not waiting]
+        queue.clear()
+        queue.extend(left)
 
     async def _run(self) -> None:
         while True:
@@ -124,13 +138,13 @@ class Batcher:
         """Until there is a full batch, or the oldest row has waited long enough."""
         loop = asyncio.get_running_loop()
         while not self._closing:
-            waiting = self._waiting()
-            start = min((w.since for w in waiting), default=math.inf) + self._max_delay_s
-            if len(waiting) >= self._max_batch or start <= loop.time():
+            oldest = (queue[0][0].since for queue in self._queues.values() if queue)
+            start = min(oldest, default=math.inf) + self._max_delay_s
+            if self._queued() >= self._max_batch or start <= loop.time():
                 return
             self._arrival.clear()
             try:
-                async with asyncio.timeout_at(start if waiting else None):
+                async with asyncio.timeout_at(start):
                     await self._arrival.wait()
             except TimeoutError:
                 return

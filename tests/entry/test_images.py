@@ -15,7 +15,7 @@ from PIL import Image
 
 from entry import images, preprocessing
 from entry.config import ImageSpec
-from entry.images import FORMATS, Heavy, ImageError, Limits, image_array, load_image
+from entry.images import FORMATS, LIGHT, Heavy, ImageError, Limits, image_array, load_image
 from entry.preprocessing import preprocess
 from tests.golden.preprocessing.make import chunk, picture, png, tiff
 
@@ -371,9 +371,9 @@ def test_high_dynamic_range_is_not_shown_as_if_it_were_not(transfer: int) -> Non
 def test_what_is_heavy(data: bytes, heavy: bool) -> None:
     if heavy:
         with pytest.raises(Heavy):
-            load_image(data, SPEC, light_only=True)
+            load_image(data, SPEC, most=LIGHT)
     else:
-        assert (load_image(data, SPEC, light_only=True) == load_image(data, SPEC)).all()
+        assert (load_image(data, SPEC, most=LIGHT) == load_image(data, SPEC)).all()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """prg-serve as a process."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,8 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.app import main
+from service.app import create_app, main
 from service.auth import new_key
+from service.server import Server, bind
+from service.settings import Settings
 from tests.real_triton.server import free_ports
 from tests.service.conftest import IMAGE, eventually
 from tests.tiny import write_tiny_entry
@@ -34,6 +37,19 @@ def test_a_port_in_use_is_told_before_any_model_is_loaded(
     said = capsys.readouterr()
     assert "PRG_PORT" in said.err
     assert said.out == ""
+
+
+def test_a_port_that_another_has_begun_to_listen_on_ends_the_process(tmp_path: Path) -> None:
+    """As where two are started at once: neither listens while it loads its models."""
+    write_tiny_entry(tmp_path)
+    first = asyncio.run(bind(Settings(model_repository=tmp_path, port=0)))
+    settings = Settings(model_repository=tmp_path, port=first[0].getsockname()[1])
+    second = asyncio.run(bind(settings))
+    first[0].listen()
+    with pytest.raises(SystemExit):
+        Server(create_app(settings), settings).run(second)
+    for bound in (*first, *second):
+        bound.close()
 
 
 def status(url: str) -> int:

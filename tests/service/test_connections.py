@@ -98,8 +98,8 @@ def test_a_request_that_cannot_be_admitted_is_refused_unread(service: Service) -
         assert status(connection) == 200
         models = httpx.get(f"http://{service.address}/models")
         assert models.status_code == 200
-        shown = httpx.get(f"http://{service.address}/metrics").text
-        assert 'prg_requests_total{route="/embed",status="503"} 1.0' in shown
+        counted = 'prg_requests_total{route="/embed",status="503"} 1.0'
+        eventually(lambda: counted in httpx.get(f"http://{service.address}/metrics").text)
         page = httpx.post(
             f"http://{service.address}/v1/embeddings", headers={"Origin": "https://app.example"}, json={}
         )
