@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -10,10 +9,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from benchmarks.trust import corpus, drain, faults, fuzz, overload, slow
 from benchmarks.trust.rows import ENGINES, Row, rows_of, table
 from benchmarks.trust.stage import machine
+from entry.files import write_atomically
 
 PARTS: dict[ModuleType, tuple[str, ...]] = {
     **dict.fromkeys((overload, slow, drain, faults, corpus), ENGINES),
@@ -29,30 +30,39 @@ def main(argv: list[str] | None = None) -> int:
     """Run the parts; 1 where a row did not pass."""
     names = {part.__name__.rpartition(".")[2]: part for part in PARTS}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=names, nargs="+", help="these parts; nothing is written then")
+    parser.add_argument("--only", choices=names, nargs="+", help="these parts; the others' rows stay")
     arguments = parser.parse_args(argv)
-    rows: list[tuple[str, Row]] = []
-    begun = time.monotonic()
+    parts = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    passed = True
     for name in arguments.only or names:
+        begun = time.monotonic()
+        rows: list[tuple[str, Row]] = []
         for engine in PARTS[names[name]]:
             print(f"{name}, {engine} ...", file=sys.stderr, flush=True)
             rows += [(engine, row) for row in rows_of(name, names[name].run, engine)]
-    minutes = (time.monotonic() - begun) / 60
-    where = f"`make trust` at commit {commit()}, {machine()}; {minutes:.0f} minutes."
-    print(f"\n{table(rows)}\n\n{where}")
-    if not arguments.only:
-        PAGE.write_text(
-            PLACE.sub(lambda _: f"\n{table(rows)}\n\n{where}\n\n", PAGE.read_text("utf-8")), "utf-8"
-        )
-        facts = {
+        print(table(rows), flush=True)
+        passed &= all(row.passed is not False for _, row in rows)
+        parts[name] = {
             "commit": commit(),
             "machine": machine(),
-            "system": platform.platform(),
-            "minutes": round(minutes, 1),
+            "minutes": round((time.monotonic() - begun) / 60, 1),
             "rows": [{"engine": engine, **asdict(row)} for engine, row in rows],
         }
-        RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
-    return int(any(row.passed is False for _, row in rows))
+        write_atomically(RESULTS, json.dumps(parts, indent=1).encode() + b"\n")
+        text = PLACE.sub(lambda _: f"\n{page(parts)}\n\n", PAGE.read_text("utf-8"))  # noqa: B023
+        write_atomically(PAGE, text.encode())
+    return int(not passed)
+
+
+def page(parts: dict[str, Any]) -> str:
+    """The table of all parts, and where and when each ran."""
+    rows = [(row.pop("engine"), Row(**row)) for part in parts.values() for row in map(dict, part["rows"])]
+    ran: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        ran.setdefault(f"at commit {part['commit']} on {part['machine']}", []).append(
+            f"{name} ({part['minutes']:.0f} min)"
+        )
+    return "\n\n".join([table(rows), *(f"{', '.join(names)} {where}." for where, names in ran.items())])
 
 
 def commit() -> str:
