@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             "rows": [{"engine": engine, **asdict(row)} for engine, row in rows],
         }
         write_atomically(RESULTS, json.dumps(parts, indent=1).encode() + b"\n")
-        text = PLACE.sub(lambda _: f"\n{page(parts)}\n\n", PAGE.read_text("utf-8"))  # noqa: B023
+        text = PLACE.sub(lambda _: f"\n{page(parts)}\n\n", PAGE.read_text("utf-8"))
         write_atomically(PAGE, text.encode())
     return int(not passed)
 
