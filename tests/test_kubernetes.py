@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client import Gauge
+from torch.distributed.run import get_args_parser as torchrun_parser
 
+from prg.cli import parser as prg_parser
 from service import app
 from service.routes import operations
 from service.settings import Settings, load_settings, unknown_variables
@@ -299,3 +301,29 @@ def test_overlays_differ_in_what_triton_computes_on(overlay: str, gpus: int, tri
     assert [t["key"] for t in cluster.triton.get("tolerations", ())] == ["nvidia.com/gpu"] * gpus
     assert len(cluster.pods({NAME: "triton"})) == tritons
     assert gpus or {"name": "OMP_NUM_THREADS", "value": "1"} in container["env"]
+
+
+def test_the_training_job() -> None:
+    """It is valid, torchrun and prg take its words, and its pods find each other."""
+    schemas = pytest.importorskip("kubernetes_validate")
+    service, job = yaml.safe_load_all((KUBERNETES / "training" / "job.yaml").read_text("utf-8"))
+    for version in VERSIONS:
+        schemas.validate(service, version, strict=True)
+        schemas.validate(job, version, strict=True)
+    pod, name = job["spec"]["template"]["spec"], job["metadata"]["name"]
+    [container] = pod["containers"]
+    assert container["command"] == ["torchrun"]
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"]]
+    launch = torchrun_parser().parse_args(words)
+    assert (launch.module, launch.training_script, launch.node_rank) == (True, "prg.cli", 1)
+    assert launch.nnodes == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
+    assert launch.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert launch.master_addr == f"{name}-0.{pod['subdomain']}"
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    chosen = prg_parser().parse_args(launch.training_script_args)
+    [shared] = [volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+    [folder] = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == shared]
+    assert all(str(path).startswith(f"{folder}/") for path in (chosen.run, chosen.data))
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert container["image"] == f"prg-trainer:{version}"

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import httpx
 
 from benchmarks.trust.load import client, load
 from benchmarks.trust.rows import Absent, Row, main, rows_of
-from benchmarks.trust.stage import Gateway, Stage, staged
+from benchmarks.trust.stage import Gateway, staged
 from tests.real_triton.server import free_ports
 
 CALLERS = 16
@@ -47,8 +48,7 @@ http {{
     uwsgi_temp_path {work}/nginx-uwsgi;
     scgi_temp_path {work}/nginx-scgi;
     upstream prg {{
-        server 127.0.0.1:{first} max_fails=0;
-        server 127.0.0.1:{second} max_fails=0;
+        {servers}
         keepalive 16;
         keepalive_timeout 60s;
     }}
@@ -160,12 +160,10 @@ async def reloads(engine: str) -> list[Row]:
 
 async def rolling_restart(engine: str) -> list[Row]:
     """Two gateways behind nginx."""
-    if shutil.which("nginx") is None:
-        raise Absent("no nginx: apt-get install nginx")
     with staged(engine, drain_s=DRAIN_S) as stage:
         second = stage.another().start()
         try:
-            async with nginx(stage, second) as url, load(url, CALLERS) as seen:
+            async with nginx(stage.work, stage.gateway, second) as url, load(url, CALLERS) as seen:
                 for gateway in (stage.gateway, second):
                     await asyncio.sleep(1)
                     gateway.signal(signal.SIGTERM)
@@ -180,13 +178,15 @@ async def rolling_restart(engine: str) -> list[Row]:
 
 
 @contextlib.asynccontextmanager
-async def nginx(stage: Stage, second: Gateway) -> AsyncIterator[str]:
-    """The address of an nginx before both gateways."""
+async def nginx(work: Path, *gateways: Gateway) -> AsyncIterator[str]:
+    """The address of an nginx before these gateways. Raises Absent."""
+    if shutil.which("nginx") is None:
+        raise Absent("no nginx: apt-get install nginx")
     [port] = free_ports(1)
-    work = stage.work
+    servers = " ".join(f"server 127.0.0.1:{gateway.port} max_fails=0;" for gateway in gateways)
     # Its workers would be another user, who may not enter the folder.
     user = "user root;" if os.getuid() == 0 else ""
-    text = NGINX.format(work=work, first=stage.gateway.port, second=second.port, port=port, user=user)
+    text = NGINX.format(work=work, servers=servers, port=port, user=user)
     (work / "nginx.conf").write_text(text)
     process = subprocess.Popen(
         ["nginx", "-e", str(work / "nginx.log"), "-c", str(work / "nginx.conf")], stderr=subprocess.DEVNULL

@@ -58,8 +58,8 @@ def _images_in(folder: Path) -> Source:
     number = {name: i for i, name in enumerate(classes)}
     labels = [number.get(composed(parts[0]), 0) for parts in names]
 
-    def rows() -> Iterator[Row]:
-        for file, label in zip(files, labels, strict=True):
+    def rows(start: int = 0, stop: int | None = None) -> Iterator[Row]:
+        for file, label in zip(files[start:stop], labels[start:stop], strict=True):
             yield str(file), file.read_bytes(), label
 
     return Source(

@@ -208,18 +208,31 @@ def _split(parts: list[Table], column: str, label: str) -> Source:
         classes, numbers = _numbered(found, names, f"{parts[0].where}: column {label!r}")
         why = f"the labels in the column {label!r} are hidden"
 
-    def rows() -> Iterator[Row]:
+    def rows(start: int = 0, stop: int | None = None) -> Iterator[Row]:
         columns = [column, label] if classes else [column]
+        before = 0
         for table in parts:
-            number = 0
-            for batch in table.batches(columns):
-                labels = batch[label].to_pylist() if classes else [None] * len(batch)
-                for cell, y in zip(batch[column].to_pylist(), labels, strict=True):
-                    place = f"{table.where}, row {number}"
-                    content = cell_bytes(cell, table.folder, f"{place}, column {column!r}")
-                    path = cell.get("path") if isinstance(cell, dict) else None
-                    yield path or place, content, numbers[y] if classes else 0
-                    number += 1
+            first = max(0, start - before)
+            last = table.count if stop is None else min(table.count, stop - before)
+            before += table.count
+            if first < last:
+                yield from rows_of(table, columns, first, last)
+
+    def rows_of(table: Table, columns: list[str], first: int, last: int) -> Iterator[Row]:
+        number = 0
+        for whole in table.batches(columns):
+            batch = whole.slice(max(0, first - number), max(0, last - max(first, number)))
+            place_of_first = max(first, number)
+            number += len(whole)
+            labels = batch[label].to_pylist() if classes else [None] * len(batch)
+            cells = zip(batch[column].to_pylist(), labels, strict=True)
+            for row, (cell, y) in enumerate(cells, place_of_first):
+                place = f"{table.where}, row {row}"
+                content = cell_bytes(cell, table.folder, f"{place}, column {column!r}")
+                path = cell.get("path") if isinstance(cell, dict) else None
+                yield path or place, content, numbers[y] if classes else 0
+            if number >= last:
+                return
 
     count = sum(table.count for table in parts)
     fingerprint = "|".join([*(table.fingerprint for table in parts), column, label])

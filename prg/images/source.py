@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 SPLITS = {
     "train": ("train", "training"),
@@ -15,11 +16,17 @@ Row = tuple[str, bytes, int]
 """(name, encoded bytes, label)."""
 
 
+class Rows(Protocol):
+    """The rows from `start` to `stop`, by default all; the others are not read where that can be helped."""
+
+    def __call__(self, start: int = 0, stop: int | None = None) -> Iterator[Row]: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """One split before decoding: its rows and what identifies them."""
 
-    rows: Callable[[], Iterator[Row]]
+    rows: Rows
     count: int
     classes: tuple[str, ...]
     """Names by label; empty where the images have no labels."""

@@ -55,6 +55,11 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this one is."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def barrier() -> None:
     """Go on once all are here. (By gloo, also on GPUs: NCCL's waiting keeps a GPU busy.)"""
     if count() > 1:
@@ -95,7 +100,7 @@ def share(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if count() == 1:
         return batch
     size = len(batch[0]) // count()
-    start = distributed.get_rank() * size
+    start = rank() * size
     return tuple(t[start : start + size] for t in batch)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from entry.files import write_atomically
 from prg.checkpoint import Facts, Stage, Trained, read_facts
 from prg.errors import DataError, RecipeError
-from prg.images.decoded import load_split
+from prg.images.decoded import Decoding
 from prg.images.material import Material
 from prg.images.sets import Images, check_classes_were_seen
 from prg.images.source import Source, standard_name
 from prg.images.splits import choose_evaluated, choose_split, rename_classes, splits
 from prg.recipe import Recipe, load_recipe
-from prg.training.processes import main_process_first
+from prg.training import processes
 from prg.training.start import Start
 
 
@@ -82,12 +82,16 @@ class Run:
         return images
 
     def load(self, source: Source) -> Images:
-        """A split, decoded; kept in the folder for the next time."""
+        """A split, decoded; kept in the folder for the next time. Of several processes, each decodes a part."""
         data = self.recipe.data
-        cache = self.folder / "data"
-        return main_process_first(
-            lambda: load_split(source, self.recipe.image.spec, cache, data.skip_unreadable, data.enlarge)
+        decoding = Decoding(
+            source, self.recipe.image.spec, self.folder / "data", data.skip_unreadable, data.enlarge
         )
+        parts = processes.count()
+        if parts > 1 and not processes.on_main_process(lambda: decoding.done):
+            decoding.part(processes.rank(), parts)
+            processes.barrier()
+        return processes.main_process_first(lambda: decoding.whole(parts))
 
     def material(self, stage: Stage, seen: bool = False) -> Material:
         """The images that the run's model of that stage may be evaluated on."""
