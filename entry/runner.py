@@ -1,6 +1,8 @@
-"""Run an entry's model.pt in this process; the package's only importer of torch."""
+"""Run an entry's model.pt in this process, compiled where that was done."""
 
 import logging
+import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -8,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from entry import compiled
 from entry.config import EntryError, check_weights, read_entry
 from entry.errors import DeviceError
 
@@ -37,6 +40,7 @@ class Runner:
     def __init__(
         self, directory: Path, version: str | None = None, device: str = "cpu", precision: Precision = "entry"
     ) -> None:
+        self.directory = directory
         self.entry = read_entry(directory)
         self.version = version or self.entry.default_version
         if reason := self.entry.failed_versions.get(self.version):
@@ -48,6 +52,8 @@ class Runner:
         self.device = find_device(device)
         self.most_rows: int | None = None
         """Of a batch, once a larger one did not fit into the device's memory."""
+        self.compiled: dict[int, compiled.Module] = {}
+        """The module compiled, by batch size, largest first; what fits none of them is TorchScript's."""
         path = check_weights(directory, self.entry, self.version)
         try:
             self.module = torch.jit.load(str(path), map_location=self.device).eval()
@@ -99,8 +105,46 @@ class Runner:
         with torch.inference_mode():
             pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
             levels = torch.from_numpy(np.ascontiguousarray(t_end)).to(self.device)[:, None]
-            outputs: tuple[torch.Tensor, ...] = self.module(pixels, levels)
-        return outputs
+            # Held: another thread may set it meanwhile.
+            ready = self.compiled
+            parts = compiled.split(len(pixels), tuple(ready))
+            called = zip(parts, pixels.split(parts), levels.split(parts), strict=True)
+            outputs = [ready.get(rows, self.module)(*some) for rows, *some in called]
+            return outputs[0] if len(outputs) == 1 else tuple(map(torch.cat, zip(*outputs, strict=True)))
+
+    def use_compiled(self, cache: Path, most: int) -> bool:
+        """Compute by what `entry.compile` left in the cache, for batches of at most `most` rows, if it is there.
+
+        It must be of these very weights, PyTorch and processor, undamaged, and equal to the module within the entry's
+        tolerance at each of its sizes; otherwise it is removed.
+        """
+        sizes = compiled.batch_sizes(most)
+        directory = compiled.folder(cache, self.entry.name, self.version)
+        wanted = compiled.facts(self.entry.prg.versions[self.version].sha256, sizes)
+        if not directory.is_dir():
+            return False
+        # By RuntimeError where the system can't load it, such as from a file system that runs no programs.
+        with suppress(RuntimeError):
+            if compiled.is_good(directory, wanted):
+                modules = compiled.load(directory, sizes)
+                if all(self._is_equal(module, size) for size, module in modules.items()):
+                    self.compiled = modules
+                    return True
+        shutil.rmtree(directory, ignore_errors=True)
+        return False
+
+    def _is_equal(self, module: compiled.Module, batch: int) -> bool:
+        tolerance = self.entry.prg.tolerance
+        with torch.inference_mode():
+            pairs = [m(*compiled.inputs(self.entry.prg.image.size, batch)) for m in (module, self.module)]
+        for found, expected in zip(*pairs, strict=True):
+            apart = (found - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1e-12)
+            cosine = torch.cosine_similarity(found, expected)
+            # The direction of zeros is none. Written so that NaN is unequal.
+            good = (apart <= tolerance.relative) & ((cosine >= tolerance.cosine) | (apart == 0))
+            if not bool(good.all()):
+                return False
+        return True
 
     def _compute_in_bf16(self, path: Path) -> None:
         """The network's weights in bf16: it computes in their precision, and all else stays in float32."""
