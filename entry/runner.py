@@ -5,10 +5,11 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.export.passes import move_to_device_pass
 
 from entry import compiled
 from entry.config import EntryError, check_weights, read_entry
@@ -28,6 +29,10 @@ def find_device(asked: str = "auto") -> torch.device:
         build = "" if torch.version.cuda else f"; this PyTorch, {torch.__version__}, is built without CUDA"
         raise DeviceError(f"no device {asked!r} here; there are: {', '.join(there)}{build}")
     return torch.device(asked)
+
+
+WEIGHTS = "weights"
+"""What a model.pt2 says about itself: the sha256 of the model.pt that it was exported with."""
 
 
 class Runner:
@@ -55,11 +60,7 @@ class Runner:
         self.compiled: dict[int, compiled.Module] = {}
         """The module compiled, by batch size, largest first; what fits none of them is TorchScript's."""
         path = check_weights(directory, self.entry, self.version)
-        try:
-            self.module = torch.jit.load(str(path), map_location=self.device).eval()
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise EntryError(f"{path}: PyTorch {torch.__version__} can't load it ({reason})") from None
+        self.module = self._load(path)
         if precision == "bf16":
             self._compute_in_bf16(path)
         self._check(path)
@@ -146,9 +147,36 @@ class Runner:
                 return False
         return True
 
+    def load_exported(self) -> torch.nn.Module | None:
+        """The version's model.pt2, where it has one. Raises EntryError where it is of another model.pt, or broken."""
+        path = self.directory / self.version / "model.pt2"
+        if not path.is_file():
+            return None
+        about = {WEIGHTS: ""}
+        try:
+            program = torch.export.load(path, extra_files=about)
+        # Of many kinds, by what is broken.
+        except Exception as error:
+            raise _unloadable(path, error) from None
+        if about[WEIGHTS] != self.entry.prg.versions[self.version].sha256:
+            raise EntryError(f"{path}: exported with another model.pt; export both again")
+        return move_to_device_pass(program, self.device).module()
+
+    def _load(self, path: Path) -> Any:
+        """TorchScript, or model.pt2 where this PyTorch can't load that: eager, model.pt2 is slower."""
+        try:
+            return torch.jit.load(str(path), map_location=self.device).eval()
+        except (AttributeError, RuntimeError, ValueError, OSError) as error:
+            if exported := self.load_exported():
+                return exported
+            raise _unloadable(path, error) from None
+
     def _compute_in_bf16(self, path: Path) -> None:
         """The network's weights in bf16: it computes in their precision, and all else stays in float32."""
         try:
+            # A model.pt2 has its precisions written into it.
+            if not isinstance(self.module, torch.jit.ScriptModule):
+                raise AttributeError
             self.module.encoder.solver.velocity.net.to(torch.bfloat16)
         except AttributeError:
             raise EntryError(f"{path}: no network that could compute in bf16; serve it as it is") from None
@@ -165,3 +193,8 @@ class Runner:
         promised = [[1, dim] for dim in self.entry.outputs().values()]
         if found != promised:
             raise EntryError(f"{path}: it answers with shapes {found}, its config.pbtxt promises {promised}")
+
+
+def _unloadable(path: Path, error: Exception) -> EntryError:
+    reason = str(error).strip().partition("\n")[0]
+    return EntryError(f"{path}: PyTorch {torch.__version__} can't load it ({reason})")
