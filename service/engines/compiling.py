@@ -55,9 +55,13 @@ class Compiling:
             self._warned = True
             return
         for runner in runners:
-            reason = await self._run(runner, cache)
-            if not reason and not await asyncio.to_thread(runner.use_compiled, cache, self._most):
-                reason = "its answers differ from TorchScript's by more than the entry's tolerance"
+            try:
+                reason = await self._run(runner, cache)
+                if not reason and not await asyncio.to_thread(runner.use_compiled, cache, self._most):
+                    reason = "it can't be loaded, or its answers differ by more than the entry's tolerance"
+            # Whatever it is: TorchScript serves on.
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
             about = {"model": runner.entry.name, "version": runner.version}
             if reason:
                 log.warning("model not compiled", **about, reason=reason)
@@ -77,7 +81,8 @@ class Compiling:
         try:
             _, stderr = await process.communicate()
         except asyncio.CancelledError:
-            process.terminate()
+            with suppress(ProcessLookupError):
+                process.terminate()
             await process.wait()
             raise
         if process.returncode == 0:
