@@ -32,7 +32,7 @@ from entry.config import (
     write_entry,
 )
 from entry.files import sha256, write_atomically
-from entry.runner import Runner
+from entry.runner import WEIGHTS, Runner
 from prg.console import note
 from prg.encoder import STATE_DIM
 from prg.errors import ExportError
@@ -72,6 +72,8 @@ class Export:
     `precision`, because the rounded weights are stored as its own numbers."""
     keep: int | None = None
     """How many versions stay in the entry, the newest; None: all."""
+    pt2: bool = False
+    """Whether to write model.pt2 too, for PyTorch without TorchScript."""
 
 
 def export(extractor: Extractor, facts: Export, directory: Path) -> str:
@@ -91,6 +93,8 @@ def export(extractor: Extractor, facts: Export, directory: Path) -> str:
         path = staged / version / "model.pt"
         path.parent.mkdir(parents=True)
         _save(extractor, path, facts.compact)
+        if facts.pt2:
+            _save_pt2(extractor, wanted.image.size, path)
         encoder, model = digests(extractor, wanted, facts.calibration)
         described = Version(
             sha256=sha256(path),
@@ -166,7 +170,8 @@ def replace_versions(prg: Prg, versions: dict[str, Version]) -> Prg:
 def prove_equal(extractor: nn.Module, directory: Path, precision: Precision) -> None:
     """Hold the artefact, read back as a server reads it, against the eager model. Raises ExportError.
 
-    Images alone, in a batch, and in a batch whose levels differ; the graph is searched for devices.
+    Images alone, in a batch, and in a batch whose levels differ; the graph is searched for devices. model.pt2 too,
+    where there is one.
     """
     runner = Runner(directory)
     check_no_device(torch.jit.load(str(directory / runner.version / "model.pt")))
@@ -176,12 +181,14 @@ def prove_equal(extractor: nn.Module, directory: Path, precision: Precision) -> 
     with torch.inference_mode():
         eager = extractor(torch.from_numpy(images), torch.from_numpy(levels)[:, None])
     expected = {k: t.float().numpy() for k, t in zip(runner.entry.outputs(), eager, strict=True)}
-    together = runner.run(images, levels)
-    _compare(together, expected, SAME_BATCH[precision], "in a batch with mixed T_END")
-    for i in range(len(LEVELS)):
-        alone = runner.run(images[i : i + 1], levels[i : i + 1])
-        one = {k: a[i : i + 1] for k, a in expected.items()}
-        _compare(alone, one, OTHER_BATCH[precision], f"alone at T_END {LEVELS[i]}")
+    for module in filter(None, (runner.module, runner.load_exported())):
+        runner.module = module
+        together = runner.run(images, levels)
+        _compare(together, expected, SAME_BATCH[precision], "in a batch with mixed T_END")
+        for i in range(len(LEVELS)):
+            alone = runner.run(images[i : i + 1], levels[i : i + 1])
+            one = {k: a[i : i + 1] for k, a in expected.items()}
+            _compare(alone, one, OTHER_BATCH[precision], f"alone at T_END {LEVELS[i]}")
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -327,6 +334,15 @@ def _save(extractor: nn.Module, path: Path, compact: bool) -> None:
                 undated = zipfile.ZipInfo(item.filename)  # the same weights give the same bytes
                 target.writestr(undated, source.read(item), zipfile.ZIP_DEFLATED, 9)
         plain.unlink()
+
+
+def _save_pt2(extractor: nn.Module, size: int, scripted: Path) -> None:
+    """As a program of torch.export, for any batch size, beside the model.pt of the same model."""
+    batch = torch.export.Dim("batch", min=1)
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.full((2, 1), 0.5)
+    with torch.no_grad():
+        program = torch.export.export(extractor, example, dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, scripted.with_suffix(".pt2"), extra_files={WEIGHTS: sha256(scripted)})
 
 
 def _compare(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], bound: float, where: str) -> None:

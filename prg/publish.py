@@ -12,7 +12,13 @@ from prg.training.run import Run
 
 
 def publish(
-    run: Run, stage: Stage, directory: Path, precision: Precision, compact: bool, keep: int | None = None
+    run: Run,
+    stage: Stage,
+    directory: Path,
+    precision: Precision,
+    compact: bool,
+    keep: int | None = None,
+    pt2: bool = False,
 ) -> str:
     """Export the run's model of that stage to the entry in `directory`; returns the version written.
 
@@ -33,6 +39,7 @@ def publish(
         precision=precision,
         compact=compact,
         keep=keep,
+        pt2=pt2,
     )
     return export(extractor, described, directory)
 

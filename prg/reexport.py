@@ -25,7 +25,13 @@ SAME = 1e-5
 
 
 def reexport(
-    old: Path, new: Path, data: Data, precision: Precision | None, compact: bool, keep: int | None = None
+    old: Path,
+    new: Path,
+    data: Data,
+    precision: Precision | None,
+    compact: bool,
+    keep: int | None = None,
+    pt2: bool = False,
 ) -> str:
     """Write the highest version of the entry `old` as the next one of `new`; returns the version.
 
@@ -67,6 +73,7 @@ def reexport(
         precision=precision or prg.precision,
         compact=compact,
         keep=keep,
+        pt2=pt2,
     )
     return export(extractor, described, new)
 

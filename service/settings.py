@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     precision: Literal["entry", "bf16"] = "entry"
     """What the embedded engine's networks compute in: the entry's own precision, or bf16. Fingerprints then end in
     -bf16."""
+    compile_cache: Path | None = None
+    """Folder for models compiled for this processor, which the embedded engine makes in the background and then uses;
+    who can write there runs code here. Unset: none are compiled."""
     model_repository: Path = Field(default_factory=_repository)
     """Folder of entries for the embedded engine; by default ./model_repository, or the shipped model without one."""
     host: str = "127.0.0.1"

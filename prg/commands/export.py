@@ -36,13 +36,22 @@ def add(commands: Commands) -> None:
         metavar="KEEP",
         help="keep so many versions, the newest, and remove older ones",
     )
+    sub.add_argument(
+        "--pt2",
+        action="store_true",
+        help="write model.pt2 too, for a PyTorch that has no TorchScript",
+    )
     sub.set_defaults(command=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from prg.errors import DataError
 
-    source, target, how = arguments.source, arguments.entry, (arguments.compact, arguments.prune)
+    source, target, how = (
+        arguments.source,
+        arguments.entry,
+        (arguments.compact, arguments.prune, arguments.pt2),
+    )
     if (source / "config.pbtxt").is_file():
         from prg.recipe import Data
         from prg.reexport import reexport

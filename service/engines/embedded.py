@@ -12,6 +12,7 @@ import numpy as np
 
 from entry.config import Entry, EntryError, find_entries
 from service.engines.batching import Batcher
+from service.engines.compiling import Compiling, can_be_compiled
 from service.engines.contract import EngineUnavailable, Job, ModelStatus, for_metrics, while_loading
 from service.settings import Settings
 from service.telemetry import Metrics, log
@@ -42,6 +43,7 @@ class EmbeddedEngine:
         self._metrics = metrics
         self._models: dict[str, _Model] = {}
         self._compute = ThreadPoolExecutor(1, "compute")
+        self._compiling = Compiling(settings)
         self._rescanning = asyncio.Lock()
         self._loading: frozenset[str] = frozenset()
 
@@ -51,6 +53,7 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Finish the batch in progress; whatever waits fails."""
+        await self._compiling.stop()
         for model in self._models.values():
             for batcher in model.batchers.values():
                 await batcher.close()
@@ -80,6 +83,7 @@ class EmbeddedEngine:
         status has the reason: a slip in the repository must not take a working model down.
         """
         async with self._rescanning:
+            await self._compiling.stop()
             found = await asyncio.to_thread(self._found)
             wanted = {n: e for n, e in found.items() if self._chosen is None or n in self._chosen}
             self._loading = frozenset(wanted)
@@ -90,6 +94,7 @@ class EmbeddedEngine:
             kept = {id(b) for m in fresh.values() for b in m.batchers.values()}
             old = [b for m in self._models.values() for b in m.batchers.values() if id(b) not in kept]
             self._models = fresh
+            self._compiling.start([b.runner for m in fresh.values() for b in m.batchers.values()])
         for batcher in old:
             await batcher.drain()
         self._metrics.models(for_metrics(self._statuses()))
@@ -157,6 +162,7 @@ class EmbeddedEngine:
             version=version,
             device=str(runner.device),
             precision=runner.entry.precision,
+            compiled=bool(runner.compiled),
         )
         return Batcher(runner, entry.name, self._settings, self._compute, self._metrics)
 
@@ -166,6 +172,8 @@ def load(directory: Path, version: str, settings: Settings) -> "Runner":
     from entry.runner import Runner
 
     runner = Runner(directory, version, settings.device, settings.precision)
+    if settings.compile_cache and can_be_compiled(runner):
+        runner.use_compiled(settings.compile_cache, settings.max_batch)
     size = runner.entry.prg.image.size
     for batch in (1, settings.max_batch):
         for _ in range(WARM_UP_CALLS):
