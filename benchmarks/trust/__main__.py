@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=names, nargs="+", help="these parts; the others' rows stay")
     arguments = parser.parse_args(argv)
     parts = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    passed = True
+    passed, checked_out = True, commit()
     for name in arguments.only or names:
         begun = time.monotonic()
         rows: list[tuple[str, Row]] = []
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table(rows), flush=True)
         passed &= all(row.passed is not False for _, row in rows)
         parts[name] = {
-            "commit": commit(),
+            "commit": checked_out,
             "machine": machine(),
             "minutes": round((time.monotonic() - begun) / 60, 1),
             "rows": [{"engine": engine, **asdict(row)} for engine, row in rows],
