@@ -27,7 +27,7 @@ from PIL import Image
 
 from benchmarks.peers.engine import STAND_IN, Engine
 from benchmarks.peers.load import Load, Measured
-from benchmarks.peers.servers import SERVERS, Server, environment, running
+from benchmarks.peers.servers import SERVERS, Server, environment, processor_s, running
 from benchmarks.trust.__main__ import commit
 from benchmarks.trust.stage import machine
 
@@ -37,6 +37,7 @@ ENGINES = {STAND_IN: 2.0, ENTRY.name: 4.0}
 CALLERS = (1, 16, 64, 256)
 SHARES = (0.5, 0.9)
 IMAGES = 64
+SHOWN = ("images_per_s", "p50_ms", "p99_ms", "cores")
 TOLERANCE = 1e-3
 PAGE = Path("docs/performance.md")
 RESULTS = Path("docs/results/peers.json")
@@ -60,6 +61,8 @@ class Cell:
     """Of the generator, its 99th percentile."""
     generator: float
     """Its share of a core."""
+    cores: float
+    """That the server's processes used."""
 
 
 def pictures(size: int) -> list[bytes]:
@@ -95,42 +98,32 @@ def one_round(number: int, pythons: dict[Server, Path], scale: float) -> Iterato
         files = pictures(model.spec.size)
         expected = model.embed([model.decode(file) for file in files])
         for server in order:
-            with running(server, pythons[server], ENTRY, engine, files) as load:
-                begun, cpu = time.perf_counter(), time.process_time()
+            with running(server, pythons[server], ENTRY, engine, files) as (load, pid):
+                before = clocks(pid)
                 for name, measured in loads(load, seconds * scale):
-                    share = (time.process_time() - cpu) / (time.perf_counter() - begun)
-                    yield cell(number, engine, server, name, measured, expected, share)
-                    begun, cpu = time.perf_counter(), time.process_time()
+                    after = clocks(pid)
+                    wall, generator, cores = (b - a for a, b in zip(before, after, strict=True))
+                    figures = figures_of(server, measured, expected)
+                    yield Cell(number, engine, server.name, name, *figures, generator / wall, cores / wall)
+                    before = clocks(pid)
 
 
-def cell(
-    number: int,
-    engine: str,
-    server: Server,
-    load: str,
-    measured: Measured,
-    expected: np.ndarray,
-    generator: float,
-) -> Cell:
-    """The figures of one load, every answer compared with its own image's."""
+def clocks(pid: int) -> tuple[float, float, float]:
+    """Seconds: of the wall, of this process on a core, of a server on all cores."""
+    return time.perf_counter(), time.process_time(), processor_s(pid)
+
+
+def figures_of(
+    server: Server, measured: Measured, expected: np.ndarray
+) -> tuple[float, float, float, int, int, float]:
+    """A cell's figures from images_per_s to late_ms; every answer is compared with its own image's."""
     good = [answer for answer in measured.answers if answer.status == 200]
     p50, p99 = np.percentile([(a.done - a.due) * 1e3 for a in good] or [np.nan], (50, 99))
     vectors = np.array([server.vector(json.loads(answer.body)) for answer in good])
     own = expected[[answer.request for answer in good]]
     wrong = int((np.abs(vectors - own).max(1) > TOLERANCE * np.abs(own).max(1)).sum()) if good else 0
-    return Cell(
-        number,
-        engine,
-        server.name,
-        load,
-        round(measured.rate, 1),
-        round(p50, 1),
-        round(p99, 1),
-        len(measured.answers) - len(good),
-        wrong,
-        round(measured.late_s * 1e3, 1),
-        round(generator, 3),
-    )
+    failed = len(measured.answers) - len(good)
+    return measured.rate, float(p50), float(p99), failed, wrong, measured.late_s * 1e3
 
 
 def table(cells: list[Cell], engine: str) -> str:
@@ -141,13 +134,16 @@ def table(cells: list[Cell], engine: str) -> str:
         row = [f"{load} callers" if load.isdigit() else load]
         for name in labels:
             found = [c for c in cells if (c.engine, c.load, c.server) == (engine, load, name)]
-            rate, p50, p99 = (
-                median(getattr(c, figure) for c in found) for figure in ("images_per_s", "p50_ms", "p99_ms")
-            )
+            rate, p50, p99, cores = (median(getattr(c, figure) for c in found) for figure in SHOWN)
             ours = "" if name == SERVERS[0].name else f" (×{ratio(cells, engine, load, name):.2f})"
-            row.append(f"{rate:,.0f}/s{ours}<br>{p50:,.0f} / {p99:,.0f} ms")
+            row.append(f"{rate:,.0f}/s{ours}<br>{p50:,.0f} / {p99:,.0f} ms<br>{cores:.1f} cores")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def rounded(one: Cell) -> dict[str, object]:
+    """For JSON."""
+    return {name: round(v, 3) if isinstance(v, float) else v for name, v in asdict(one).items()}
 
 
 def ratio(cells: list[Cell], engine: str, load: str, server: str) -> float:
@@ -208,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     first = 1 + max((c.round for c in cells), default=-1)
     for number in range(first, first + arguments.rounds):
         for one in one_round(number, pythons, arguments.scale):
-            print(json.dumps(asdict(one)), file=sys.stderr, flush=True)
+            print(json.dumps(rounded(one)), file=sys.stderr, flush=True)
             cells.append(one)
     minutes = before["minutes"] + (time.monotonic() - begun) / 60
     where = (
@@ -221,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.scale == 1:
         PAGE.write_text(PLACE.sub(lambda _: f"\n{text}\n\n", PAGE.read_text("utf-8")), "utf-8")
         facts = {"commit": commit(), "machine": machine(), "minutes": round(minutes, 1)}
-        facts |= {"servers": [server.label for server in pythons], "cells": [asdict(c) for c in cells]}
+        facts |= {"servers": [server.label for server in pythons], "cells": [rounded(c) for c in cells]}
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
     return int(any(c.failed or c.wrong for c in cells))
 

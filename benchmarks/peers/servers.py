@@ -20,8 +20,9 @@ from benchmarks.peers.load import Load
 from tests.real_triton.server import free_ports
 
 ENVIRONMENTS = Path(".venv-peers")
-SHARED = ("grpcio", "numpy", "pillow", "protobuf", "pydantic")
-"""What reading an entry and decoding need."""
+PINNED = ("torch", "numpy", "pillow", "tritonclient")
+SHARED = ("grpcio", "protobuf", "pydantic")
+"""What reading an entry and decoding need beside those; in versions that suit the peer."""
 START_S = 90.0
 WARM_CALLERS = 64
 
@@ -108,19 +109,11 @@ def environment(server: Server) -> Path | None:
         return python
     print(f"installing {wanted} ...", file=sys.stderr)
     venv.create(folder, with_pip=True, clear=True)
-    pins = dict(
-        line.split("==") for line in Path("constraints.txt").read_text().splitlines() if ";" not in line
-    )
-    pins = {name: f"{name}=={version}" for name, version in pins.items()}
-    pip = [python, "-m", "pip", "install", "-q"]
-    steps = (
-        [pins["torch"]],
-        [*server.packages, *SHARED, *(pins[name] for name in ("numpy", "pillow"))],
-        # By itself: its bounds on protobuf are not those of every peer, and only its messages are used.
-        ["--no-deps", pins["tritonclient"]],
-    )
-    for step in steps:
-        if subprocess.run([*pip, *step]).returncode:
+    known = Path("constraints.txt").read_text().splitlines()
+    torch, *pinned = (next(line for line in known if line.startswith(f"{name}==")) for name in PINNED)
+    # By itself and before what depends on it, which would choose another build.
+    for packages in ([torch], [*pinned, *SHARED, *server.packages]):
+        if subprocess.run([python, "-m", "pip", "install", "-q", *packages]).returncode:
             print(f"{server.label} is skipped: it could not be installed", file=sys.stderr)
             return None
     done.write_text(wanted)
@@ -135,8 +128,10 @@ def request(server: Server, png: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def running(server: Server, python: Path, entry: Path, engine: str, pngs: list[bytes]) -> Iterator[Load]:
-    """A started server that answers; it and all its processes are ended afterwards."""
+def running(
+    server: Server, python: Path, entry: Path, engine: str, pngs: list[bytes]
+) -> Iterator[tuple[Load, int]]:
+    """A started server that answers, with its process id; it and all its processes are ended afterwards."""
     [port] = free_ports(1)
     settings = {"PEERS_PORT": str(port), "PEERS_ENGINE": engine, "PEERS_ENTRY": str(entry.absolute())}
     command = [str(python), "-m", *server.command.format(port=port).split()]
@@ -153,7 +148,7 @@ def running(server: Server, python: Path, entry: Path, engine: str, pngs: list[b
                     raise SystemExit(f"{server.name} does not answer: {log.read()[-3000:].decode()}")
                 time.sleep(0.2)
             load.closed(WARM_CALLERS, 1)
-            yield load
+            yield load, process.pid
         finally:
             load.close()
             end(process.pid)
@@ -167,12 +162,22 @@ def answers(load: Load) -> bool:
     return False
 
 
+def processor_s(pid: int) -> float:
+    """What a process and all that it started have used of the cores so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in family(pid))
+
+
 def end(pid: int) -> None:
     """A process and all that it started, which may be in sessions of their own."""
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for process in family:
+    processes = family(pid)
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    for process in psutil.wait_procs(family, timeout=5)[1]:
+    for process in psutil.wait_procs(processes, timeout=5)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
