@@ -30,6 +30,5 @@ class Embed(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    api = Embed(max_batch_size=MAX_BATCH, batch_timeout=float(os.environ.get("DELAY", "0.0")))
-    server = litserve.LitServer(api, accelerator="cpu", fast_queue=bool(os.environ.get("FAST")))
+    server = litserve.LitServer(Embed(max_batch_size=MAX_BATCH), accelerator="cpu")
     server.run(host="127.0.0.1", port=int(os.environ["PEERS_PORT"]), generate_client_file=False)
