@@ -129,9 +129,12 @@ def figures_of(
 def table(cells: list[Cell], engine: str) -> str:
     """Markdown: a row for each load, a column for each server, medians over the rounds."""
     labels = {s.name: s.label for s in SERVERS if any(c.server == s.name for c in cells)}
-    lines = ["| | " + " | ".join(labels.values()) + " |", "|---" * (len(labels) + 1) + "|"]
+    lines = [
+        "| callers, or arrivals | " + " | ".join(labels.values()) + " |",
+        "|---" * (len(labels) + 1) + "|",
+    ]
     for load in dict.fromkeys(c.load for c in cells):
-        row = [f"{load} callers" if load.isdigit() else load]
+        row = [load]
         for name in labels:
             found = [c for c in cells if (c.engine, c.load, c.server) == (engine, load, name)]
             rate, p50, p99, cores = (median(getattr(c, figure) for c in found) for figure in SHOWN)
@@ -162,7 +165,7 @@ def ahead(cells: list[Cell]) -> list[str]:
             for server in {c.server: None for c in cells if c.server != SERVERS[0].name}:
                 more = ratio(cells, engine, callers, server) - 1
                 if more > 0:
-                    lines.append(f"- {engine}, {callers} callers: {server} by {more * 100:.0f} %")
+                    lines.append(f"- {engine}, callers: {callers}: {server} by {more * 100:.0f} %")
     return lines
 
 
@@ -177,7 +180,7 @@ def page(cells: list[Cell], where: str) -> str:
         for name in dict.fromkeys(c.server for c in cells)
     }
     told = [f"{name} {failed} and {wrong}" for name, (failed, wrong) in strange.items() if failed or wrong]
-    parts.append(f"Requests that failed and wrong answers: {', '.join(told) or 'none'}.")
+    parts.append(f"Requests refused or failed, and wrong answers: {', '.join(told) or 'none'}.")
     missing = [server.label for server in SERVERS if server.name not in strange]
     if missing:
         parts.append(f"Not installed, so not measured: {', '.join(missing)}.")
@@ -200,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     cells = [Cell(**facts) for facts in before["cells"]]
     pythons = {server: python for server in SERVERS if (python := environment(server))}
     gc.freeze()
-    begun = time.monotonic()
+    at, begun = commit(), time.monotonic()
     first = 1 + max((c.round for c in cells), default=-1)
     for number in range(first, first + arguments.rounds):
         for one in one_round(number, pythons, arguments.scale):
@@ -208,17 +211,18 @@ def main(argv: list[str] | None = None) -> int:
             cells.append(one)
     minutes = before["minutes"] + (time.monotonic() - begun) / 60
     where = (
-        f"`python -m benchmarks.peers` at commit {commit()}, {machine()}, {len(os.sched_getaffinity(0))} cores; "
-        f"{1 + max(c.round for c in cells)} rounds, {minutes:.0f} minutes. The generator took at most "
+        f"`python -m benchmarks.peers` at commit {at}, {machine()}, {len(os.sched_getaffinity(0))} cores; "
+        f"rounds: {1 + max(c.round for c in cells)}, {minutes:.0f} minutes. The generator took at most "
         f"{max(c.generator for c in cells) * 100:.0f} % of a core."
     )
     text = page(cells, where)
     print(text)
     if arguments.scale == 1:
         PAGE.write_text(PLACE.sub(lambda _: f"\n{text}\n\n", PAGE.read_text("utf-8")), "utf-8")
-        facts = {"commit": commit(), "machine": machine(), "minutes": round(minutes, 1)}
-        facts |= {"servers": [server.label for server in pythons], "cells": [rounded(c) for c in cells]}
-        RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+        facts = {"commit": at, "machine": machine(), "minutes": round(minutes, 1)}
+        facts |= {"servers": [server.label for server in pythons]}
+        rows = ",\n".join(json.dumps(rounded(c)) for c in cells)
+        RESULTS.write_text(f'{json.dumps(facts)[:-1]}, "cells": [\n{rows}\n]}}\n')
     return int(any(c.failed or c.wrong for c in cells))
 
 
