@@ -1,0 +1,1 @@
+"""This service beside other model servers, on one machine in one run."""
