@@ -142,6 +142,8 @@ class Gateway:
             with ExitStack() as places:
                 # What is refused has cost nothing: neither the key's rate, nor the decoding of a byte.
                 with tracing.span("admission", rows=rows):
+                    if expected := request.scope.get("state", {}).get("expected"):
+                        expected.leave()
                     wait_s = due - asyncio.get_running_loop().time()
                     places.enter_context(self.admission.admit(rows, flow, wait_s))
                     self.keys.take(key, len(items))
@@ -161,6 +163,7 @@ class Gateway:
                     due=due,
                     priority=flow.priority,
                     headers=trace,
+                    alone=self.admission.held == rows,
                 )
                 computed = await self._compute(job)
                 values = np.concatenate([computed[name] for name in outputs], axis=1)

@@ -77,11 +77,11 @@ def test_options_in_running_text_exist() -> None:
     from prg.cli import parser
 
     text = "".join(re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL) for page in PAGES)
-    asked = {w for span in re.findall(r"`([^`]+)`", text) for w in re.findall(r"(?<!\S)--[a-z][a-z-]+", span)}
+    asked = {w for span in re.findall(r"`([^`]+)`", text) for w in re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", span)}
     actions = parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
     known = {word for sub in actions for word in sub._option_string_actions}
     for script in (*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")):
-        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text("utf-8")))
+        known |= set(re.findall(r'"(--[a-z0-9-]+)"', script.read_text("utf-8")))
     known |= {"--new-key", "--scopes", "--wait", "--rm", "--no-deps", "--trace-config"}
     known |= {"--nnodes", "--node-rank", "--master-addr", "--master-port"}  # of torchrun
     assert asked <= known

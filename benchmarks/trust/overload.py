@@ -1,10 +1,10 @@
 """Above the limit: requests arrive at a fixed rate, whether earlier ones are answered or not.
 
 The service runs on one core; the generator, and Triton, on another. First the limit: as many answers a second as 64
-callers get who each wait for theirs, or 256 where the engine is slow. Then arrivals at random (Poisson) at 0.9, 2, 4 and
-10 times that. A request goes out on a connection that waits for none, or on a new one; each answer is checked against
-its own image. Goodput is right answers within 2 s, a second and beside that at 0.9 times. A row is skipped where the
-generator itself was late.
+callers get who each wait for theirs, or 256 where the engine is slow. Then arrivals at random (Poisson) at 0.9, 2, 4
+and 10 times that. A request goes out on a connection that waits for none, or on a new one; each answer is checked
+against its own image. Goodput is right answers within 2 s, a second and beside that at 0.9 times. A row is skipped
+where the generator itself was late.
 
 Once with a model that takes no time, so that the gateway is the limit; with Triton also with one that is slow, so that
 the engine is.

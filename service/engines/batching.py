@@ -48,8 +48,10 @@ _Row = tuple[_Waiting, int]
 class Batcher:
     """Dynamic batching for one version: rows of several jobs are computed together.
 
-    A batch starts when it is full or its oldest row has waited `max_delay_s`; while one is computed the next
-    gathers. Interactive rows go before bulk ones. A failing batch fails the jobs in it, and no other.
+    A batch starts when it is full, or at `max_delay_s` after its oldest row came and the last batch ended: those that
+    have been answered then are back, and a row that came meanwhile does not go without them. A job that nothing else is
+    in work with waits for nobody. While a batch is computed the next gathers. Interactive rows go before bulk ones. A
+    failing batch fails the jobs in it, and no other.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Batcher:
         self._queues: dict[Priority, deque[_Row]] = {"interactive": deque(), "bulk": deque()}
         self._arrival = asyncio.Event()
         self._closing = False
+        self._ended = -math.inf
+        """When the last batch did."""
         self._task = asyncio.create_task(self._run())
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
@@ -135,12 +139,12 @@ class Batcher:
                         waiting.fail(EngineUnavailable(f"{type(error).__name__} in the model"))
 
     async def _gather(self) -> None:
-        """Until there is a full batch, or the oldest row has waited long enough."""
+        """Until a batch is to start."""
         loop = asyncio.get_running_loop()
         while not self._closing:
-            oldest = (queue[0][0].since for queue in self._queues.values() if queue)
-            start = min(oldest, default=math.inf) + self._max_delay_s
-            if self._queued() >= self._max_batch or start <= loop.time():
+            first = [queue[0][0] for queue in self._queues.values() if queue]
+            start = max(min((w.since for w in first), default=math.inf), self._ended) + self._max_delay_s
+            if self._queued() >= self._max_batch or start <= loop.time() or any(w.job.alone for w in first):
                 return
             self._arrival.clear()
             try:
@@ -177,6 +181,7 @@ class Batcher:
             self._metrics.inference_seconds.labels(self._model).time(),
         ):
             outputs = await loop.run_in_executor(self._compute, self.runner.run, images, t_end)
+        self._ended = loop.time()
         self._metrics.batch_images.labels(self._model).observe(len(batch))
         for index, (waiting, row) in enumerate(batch):
             for name in waiting.job.outputs:

@@ -105,6 +105,8 @@ class Job:
     priority: Priority = "interactive"
     headers: Mapping[str, str] = field(default_factory=dict)
     """Passed on to a remote engine: the trace that the request belongs to."""
+    alone: bool = False
+    """Nothing else is in work, so there is no company to wait for."""
 
 
 class Engine(Protocol):

@@ -119,6 +119,28 @@ async def test_a_batch_waits_for_company_but_not_longer_than_the_delay(tmp_path:
         assert gate.batches == [[0.1, 0.2], [0.1, 0.2, 0.3, 0.4]]
 
 
+async def test_a_batch_waits_for_those_who_have_just_been_answered(tmp_path: Path) -> None:
+    async with engine(tmp_path, delay_s=0.5) as (running, gate):
+        [first] = await waiting(running, replace(job(0.1), alone=True))
+        await asyncio.to_thread(gate.entered.wait, 10)
+        [second] = await waiting(running, job(0.2))
+        await asyncio.sleep(0.6)
+        gate.open.set()
+        await first
+        [back] = await waiting(running, job(0.1))
+        await asyncio.gather(second, back)
+        assert gate.batches == [[0.1], [0.2, 0.1]]
+
+
+async def test_a_job_alone_waits_for_no_company(tmp_path: Path) -> None:
+    async with engine(tmp_path, delay_s=1, is_open=True) as (running, gate):
+        [alone] = await waiting(running, replace(job(0.1), alone=True))
+        await asyncio.sleep(0)
+        [later] = await waiting(running, job(0.2))
+        await asyncio.gather(alone, later)
+        assert gate.batches == [[0.1], [0.2]]
+
+
 async def test_who_gives_up_or_is_late_is_not_computed(tmp_path: Path) -> None:
     async with engine(tmp_path) as (running, gate):
         now = asyncio.get_running_loop().time()
