@@ -34,8 +34,10 @@ class Compiling:
 
     def start(self, runners: Sequence["Runner"]) -> None:
         """Begin with those of the runners that are not compiled yet."""
+        if self._cache is None:
+            return
         waiting = [runner for runner in runners if not runner.compiled and can_be_compiled(runner)]
-        if self._cache and waiting:
+        if waiting:
             self._task = asyncio.create_task(self._compile(self._cache.absolute(), waiting))
 
     async def stop(self) -> None:
