@@ -36,7 +36,8 @@ class Compiling:
         """Begin with those of the runners that are not compiled yet."""
         if self._cache is None:
             return
-        if waiting := [runner for runner in runners if not runner.compiled and can_be_compiled(runner)]:
+        waiting = [runner for runner in runners if not runner.compiled and can_be_compiled(runner)]
+        if waiting:
             self._task = asyncio.create_task(self._compile(self._cache.absolute(), waiting))
 
     async def stop(self) -> None:
