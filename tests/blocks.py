@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prg.cli import main, parser
 
 ROOT = Path(__file__).parents[1]
@@ -106,8 +104,11 @@ def check_words(where: str, program: str, arguments: list[str]) -> None:
         asked = {word for word in arguments if "=" not in word}
         known = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     elif program == "docker":
-        asked = set(re.findall(r"(?:logs|restart|kill) ([a-z][a-z-]+)", line))
-        known = set(yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"])
+        asked = set(re.findall(r"(?:logs|restart|kill) ([a-z][a-z0-9-]+)", line))
+        files = re.findall(r"-f (\S+\.yml)", line) if "compose" in arguments else []
+        text = "".join((ROOT / name).read_text("utf-8") for name in files or ["docker-compose.yml"])
+        # Not as YAML: it has tags of Compose's own.
+        known = set(re.findall(r"^  ([a-z][a-z0-9-]+):", text, re.MULTILINE))
     elif "install" in arguments:
         asked = {extra for extras in re.findall(r"\[([\w,]+)\]", line) for extra in extras.split(",")}
         known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
