@@ -77,7 +77,9 @@ def test_options_in_running_text_exist() -> None:
     from prg.cli import parser
 
     text = "".join(re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL) for page in PAGES)
-    asked = {w for span in re.findall(r"`([^`]+)`", text) for w in re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", span)}
+    asked = {
+        w for span in re.findall(r"`([^`]+)`", text) for w in re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", span)
+    }
     actions = parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
     known = {word for sub in actions for word in sub._option_string_actions}
     for script in (*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")):
