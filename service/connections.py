@@ -33,7 +33,7 @@ UNREAD_S = 30.0
 DRAINED_BYTES = 1 << 20
 """So much of a refused body is read, so that its sender reads the refusal and the connection goes on."""
 SWEEP_S = 1.0
-STARTS = 16
+STARTS = 8
 """Requests that are begun in one turn of the event loop. What has been admitted waits here, not as tasks that are all
 ready to run: one turn would then take as long as all of them, and for so long nothing is accepted, read or refused."""
 ROUTES = frozenset(route.encode() for route in INFERENCE_ROUTES)

@@ -21,7 +21,7 @@ OTHER_FILES = 256
 """Files that are open beside connections, at most: those of the models, of Triton's channels, of fetched URLs."""
 
 
-ACCEPTS = 16
+ACCEPTS = 32
 """Under so many descriptors each socket is listened on: in a turn of the event loop libuv accepts one connection from
 each, and a turn may take milliseconds."""
 

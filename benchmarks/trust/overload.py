@@ -267,7 +267,7 @@ def row(
         figure = f"void: the generator was late by {late * 1e3:.0f} ms; {figure}"
     done = f"{factor:g} times its limit of {limit:.0f} images/s, {SECONDS:g} s"
     bounds = f"goodput {wanted * 100:.0f} %, p99 2 s, none wrong or lost, {MOST_MB} MB, 2 s"
-    return Row("overload", done, figure, bounds, None if late > LATE_S else good and clean)
+    return Row("overload", done, figure, bounds, None if late > LATE_S else bool(good and clean))
 
 
 @contextmanager
