@@ -339,7 +339,7 @@ def test_the_compose_file_is_valid(profiles: str) -> None:
 def test_every_setting_reaches_the_gateway() -> None:
     """But those that the image fixes, and those of the embedded engine alone."""
     fixed = {"host", "port"}
-    embedded = {"model_repository", "max_batch", "max_delay_ms", "device", "precision"}
+    embedded = {"model_repository", "max_batch", "max_delay_ms", "device", "precision", "compile_cache"}
     environment = compose_file()["services"]["gateway"]["environment"]
     passed = {name: value for name, value in environment.items() if name.startswith("PRG_")}
     assert passed.keys() == {
