@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import simpy
 import torch
 
 from benchmarks.gateway import SIZES, photos
 from benchmarks.trust.overload import Load
 from benchmarks.trust.stage import Gateway as Served
-from benchmarks.trust.stage import machine, staged
+from benchmarks.trust.stage import family, machine, processor_s, staged
 from entry.config import ImageSpec
 from entry.images import load_image
 from entry.runner import Runner
@@ -228,20 +227,9 @@ class Photos(Load):
         self._requests = [requests[i % len(files)] for i in range(len(self._requests))]
 
 
-def processes(gateway: Served) -> list[psutil.Process]:
-    """It, and those that it began."""
-    first = psutil.Process(gateway.process.pid)
-    return [first, *first.children(recursive=True)]
-
-
-def cpu_s(gateway: Served) -> float:
-    """That it has taken."""
-    return sum(sum(process.cpu_times()[:2]) for process in processes(gateway))
-
-
 def pin(gateway: Served, core: int) -> None:
     """With all its threads."""
-    for process in processes(gateway):
+    for process in family(gateway.process.pid):
         for thread in process.threads():
             os.sched_setaffinity(thread.id, {core})
 
@@ -277,9 +265,10 @@ def overhead(files: list[bytes], core: int, other: int) -> float:
         with on_core(other):
             load = Photos(stage.gateway.port, files)
             load.closed(16, 2)
-            before = cpu_s(stage.gateway)
+            pid = stage.gateway.process.pid
+            before = processor_s(pid)
             answered = len(load.arrivals(USUAL_RATE, 6, lambda: None).answers)
-            return (cpu_s(stage.gateway) - before) / answered - rest_s
+            return (processor_s(pid) - before) / answered - rest_s
 
 
 def measured(

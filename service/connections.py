@@ -6,7 +6,6 @@ before routing, validation and the body, for a small part of what an answer cost
 
 import asyncio
 import math
-import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ from service.admission import Admission, Flow
 from service.auth import Keys
 from service.errors import BAD_REQUEST, HEAD_TOO_LARGE, REQUEST_TIMEOUT, Problem, ProblemType, unavailable
 from service.headers import secured
-from service.telemetry import INFERENCE_ROUTES, REQUEST_ID, Metrics, log
+from service.telemetry import INFERENCE_ROUTES, Metrics, log, request_id_of
 
 HEAD_BYTES = 64 << 10
 HEAD_S = 10.0
@@ -247,10 +246,10 @@ class Connection(HttpToolsProtocol):
         )
         retry_after = (problem.headers or {}).get("Retry-After", "1")
         head, body = _rendered(problem.kind, problem.detail, self._path(), retry_after, self._last)
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"
         cors = self._all.cors(headers[b"origin"]) if b"origin" in headers else b""
-        self.transport.write(b"%sx-request-id: %s\r\n%s\r\n%s" % (head, request_id.encode(), cors, body))
+        self.transport.write(
+            b"%sx-request-id: %s\r\n%s\r\n%s" % (head, request_id_of(headers).encode(), cors, body)
+        )
         self._refused = True
         # A caller that waits for "100 Continue" never sends the body.
         if self.expect_100_continue:

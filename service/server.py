@@ -72,14 +72,14 @@ class Server(uvicorn.Server):
             # uvloop keeps to itself that a socket can't be listened on.
             for bound in sockets or ():
                 bound.listen(self.config.backlog)
-            # What has been loaded stays, so it is not looked at again.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(YOUNG_OBJECTS)
         except OSError:
             log.error("can't listen", port=self.config.port, reason="another process listens there by now")
             await self.lifespan.shutdown()
             sys.exit(1)
+        # What has been loaded stays, so it is not looked at again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         gateway: Gateway | None = self._state.gateway if self.started else None

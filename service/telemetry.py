@@ -31,6 +31,13 @@ REJECTIONS: tuple[Rejection, ...] = get_args(Rejection)
 log = structlog.get_logger("prg")
 
 
+def request_id_of(headers: Mapping[bytes, bytes]) -> str:
+    """The caller's X-Request-ID, else a new one."""
+    # random, not uuid4: os.urandom is a system call and lets go of the interpreter lock.
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"
+
+
 class Metrics:
     """Everything that /metrics shows. Labels are route templates, models, keys and fixed words: few, always."""
 
@@ -112,8 +119,7 @@ class Telemetry:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"
+        request_id = request_id_of(dict(scope["headers"]))
         status = CLIENT_CLOSED
 
         async def tagged(message: Message) -> None:

@@ -27,9 +27,9 @@ from PIL import Image
 
 from benchmarks.peers.engine import STAND_IN, Engine
 from benchmarks.peers.load import Load, Measured
-from benchmarks.peers.servers import SERVERS, Server, environment, processor_s, running
+from benchmarks.peers.servers import SERVERS, Server, environment, running
 from benchmarks.trust.__main__ import commit
-from benchmarks.trust.stage import machine
+from benchmarks.trust.stage import machine, processor_s
 
 ENTRY = Path("model_repository/prg-cifar10")
 ENGINES = {STAND_IN: 2.0, ENTRY.name: 4.0}

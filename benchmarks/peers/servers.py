@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.peers.load import Load
+from benchmarks.trust.stage import family
 from tests.real_triton.server import free_ports
 
 ENVIRONMENTS = Path(".venv-peers")
@@ -162,11 +163,6 @@ def answers(load: Load) -> bool:
     return False
 
 
-def processor_s(pid: int) -> float:
-    """What a process and all that it started have used of the cores so far."""
-    return sum(sum(process.cpu_times()[:2]) for process in family(pid))
-
-
 def end(pid: int) -> None:
     """A process and all that it started, which may be in sessions of their own."""
     processes = family(pid)
@@ -176,8 +172,3 @@ def end(pid: int) -> None:
     for process in psutil.wait_procs(processes, timeout=5)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def family(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]

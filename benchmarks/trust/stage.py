@@ -33,6 +33,17 @@ def machine() -> str:
     return f"{device_name(torch.device('cpu'))}, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started."""
+    own = psutil.Process(pid)
+    return [own, *own.children(recursive=True)]
+
+
+def processor_s(pid: int) -> float:
+    """Seconds of a core that a process and all that it started have used so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in family(pid))
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a service's processes hold."""
@@ -105,8 +116,7 @@ class Gateway:
 
     def usage(self) -> Usage:
         """What it and its decoding processes hold now."""
-        own = psutil.Process(self.process.pid)
-        all_of_it = [own, *own.children(recursive=True)]
+        all_of_it = family(self.process.pid)
         return Usage(
             sum(process.memory_info().rss for process in all_of_it) / 1e6,
             sum(process.num_fds() for process in all_of_it),
