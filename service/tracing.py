@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 from opentelemetry.context import Context, get_current
 from opentelemetry.propagate import extract, inject
-from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, get_current_span
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, get_current_span, use_span
 from starlette.types import Scope
 
 if TYPE_CHECKING:
@@ -112,11 +112,12 @@ def begin(name: str) -> Span | None:
 
 @contextmanager
 def shared(name: str, places: Iterable[Context | None], **facts: str | int) -> Iterator[None]:
-    """A span of what runs inside it, in the trace of each request that it runs for."""
+    """A span of what runs inside it, in the trace of each request that it runs for; inside it is the first's."""
     tracer = _tracer
     begun = [tracer.start_span(name, at, attributes=_attributes(facts)) for at in places if tracer and at]
     try:
-        yield
+        with use_span(begun[0], record_exception=False) if begun else NOTHING:
+            yield
     except Exception:
         for one in begun:
             one.set_status(StatusCode.ERROR)

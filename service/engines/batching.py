@@ -3,24 +3,36 @@
 import asyncio
 import math
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from contextvars import Context
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
-from opentelemetry.context import Context
+from opentelemetry.context import Context as Place
 from opentelemetry.trace import Span
 
 from service import tracing
-from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
+from service.engines.contract import DeadlineExceeded, EngineError, EngineUnavailable, Job
 from service.schemas import Priority
-from service.settings import Settings
 from service.telemetry import Metrics, log
 
-if TYPE_CHECKING:
-    # For its type alone: at run time it would import torch.
-    from entry.runner import Runner
+Compute = Callable[[Job], Awaitable[dict[str, np.ndarray]]]
+"""A batch, as a job made of all of them: due when the last of them is, with every output that any of them wants."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a batch starts and what goes into it."""
+
+    max_batch: int
+    """Rows at most."""
+    max_delay_s: float = 0.0
+    """How long it waits for company."""
+    at_once: int = 1
+    """Batches in work together; while so many are, the next gathers."""
+    mixed: bool = True
+    """Whether bulk rows fill what interactive ones leave free."""
 
 
 @dataclass(eq=False)
@@ -31,7 +43,7 @@ class _Waiting:
     answer: "asyncio.Future[dict[str, np.ndarray]]"
     since: float
     left: int
-    trace: Context | None = field(default_factory=tracing.place)
+    trace: Place | None = field(default_factory=tracing.place)
     """Where in its request's trace it was queued."""
     queued: Span | None = field(default_factory=partial(tracing.begin, "queue"))
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -39,6 +51,17 @@ class _Waiting:
     def fail(self, error: Exception) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
+
+    def take(self, row: int, outputs: dict[str, np.ndarray], index: int) -> None:
+        """One row's outputs; with the last of them the job is answered."""
+        for name in self.job.outputs:
+            if name not in self.outputs:
+                shape = len(self.job.images), outputs[name].shape[1]
+                self.outputs[name] = np.empty(shape, np.float32)
+            self.outputs[name][row] = outputs[name][index]
+        self.left -= 1
+        if not self.left and not self.answer.done():
+            self.answer.set_result(self.outputs)
 
 
 _Row = tuple[_Waiting, int]
@@ -50,48 +73,32 @@ class Batcher:
 
     A batch starts when it is full, or at `max_delay_s` after its oldest row came and the last batch ended: those that
     have been answered then are back, and a row that came meanwhile does not go without them. A job that nothing else is
-    in work with waits for nobody. While a batch is computed the next gathers. Interactive rows go before bulk ones. A
-    failing batch fails the jobs in it, and no other.
+    in work with waits for nobody. Interactive rows go before bulk ones. A failing batch fails the jobs in it, and no
+    other. Who has given up is left out.
     """
 
-    def __init__(
-        self,
-        runner: "Runner",
-        model: str,
-        settings: Settings,
-        compute: ThreadPoolExecutor,
-        metrics: Metrics,
-    ) -> None:
-        self.runner = runner
-        self._model = model
-        self._max_batch = settings.max_batch
-        self._max_delay_s = settings.max_delay_ms / 1e3
-        self._capacity = settings.queue_images
+    def __init__(self, compute: Compute, rules: Rules, metrics: Metrics) -> None:
         self._compute = compute
+        self._rules = rules
         self._metrics = metrics
         self._queues: dict[Priority, deque[_Row]] = {"interactive": deque(), "bulk": deque()}
-        self._arrival = asyncio.Event()
+        self._batches: dict[asyncio.Task[None], list[_Waiting]] = {}
+        """Those in work, with their jobs."""
+        self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._ended = -math.inf
         """When the last batch did."""
-        self._task = asyncio.create_task(self._run())
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
         """Queue the job and await its outputs. Raises EngineError."""
         if self._closing:
             raise EngineUnavailable("the engine is stopping")
-        size = self.runner.entry.prg.image.size
-        if job.images.shape[1:] != (3, size, size):
-            raise EngineUnavailable("the model was replaced while the request was under way")
-        count, queued = len(job.images), self._queued()
-        if queued + count > self._capacity:
-            raise EngineOverloaded(f"{queued} images are waiting, at most {self._capacity} may")
-        loop = asyncio.get_running_loop()
+        loop, count, queued = asyncio.get_running_loop(), len(job.images), self._queued()
         waiting = _Waiting(job, loop.create_future(), loop.time(), count)
         self._queues[job.priority].extend((waiting, row) for row in range(count))
         # Between the first row and a full batch nobody need look.
-        if not queued or queued + count >= self._max_batch:
-            self._arrival.set()
+        if not queued or queued + count >= self._rules.max_batch:
+            self._start()
         try:
             return await waiting.answer
         except asyncio.CancelledError:
@@ -101,11 +108,12 @@ class Batcher:
     async def drain(self) -> None:
         """Take no more, finish what waits, stop."""
         self._closing = True
-        self._arrival.set()
-        await self._task
+        self._start()
+        while self._batches:
+            await asyncio.wait(self._batches)
 
     async def close(self) -> None:
-        """Stop after the batch in progress; what waits fails."""
+        """Stop after the batches in work; what waits fails."""
         for queue in self._queues.values():
             for waiting, _ in queue:
                 waiting.fail(EngineUnavailable("the engine is stopping"))
@@ -116,79 +124,91 @@ class Batcher:
         return sum(map(len, self._queues.values()))
 
     def _forget(self, waiting: _Waiting) -> None:
-        """Take the rows of a job that gave up out of its queue."""
+        """Take the rows of a job that gave up out of its queue, and stop the batches that nobody waits for."""
         queue = self._queues[waiting.job.priority]
         left = [row for row in queue if row[0] is not waiting]
         queue.clear()
         queue.extend(left)
+        for batch, jobs in self._batches.items():
+            if all(one.answer.done() for one in jobs):
+                batch.cancel()
 
-    async def _run(self) -> None:
-        while True:
-            await self._gather()
-            batch = self._take()
-            if not batch and self._closing:
-                return
-            if batch:
-                try:
-                    await self._compute_batch(batch)
-                # Whatever happened: these jobs fail, and the next batch is tried.
-                except Exception as error:
-                    jobs = {waiting for waiting, _ in batch}
-                    log.exception("inference failed", model=self._model, jobs=len(jobs))
-                    for waiting in jobs:
-                        waiting.fail(EngineUnavailable(f"{type(error).__name__} in the model"))
-
-    async def _gather(self) -> None:
-        """Until a batch is to start."""
+    def _start(self) -> None:
+        """Start the batches that are due, and look again when the next one is."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
         loop = asyncio.get_running_loop()
-        while not self._closing:
-            first = [queue[0][0] for queue in self._queues.values() if queue]
-            start = max(min((w.since for w in first), default=math.inf), self._ended) + self._max_delay_s
-            if self._queued() >= self._max_batch or start <= loop.time() or any(w.job.alone for w in first):
+        while self._queued() and len(self._batches) < self._rules.at_once:
+            if (due := self._due()) > loop.time():
+                self._timer = loop.call_at(due, self._start)
                 return
-            self._arrival.clear()
-            try:
-                async with asyncio.timeout_at(start):
-                    await self._arrival.wait()
-            except TimeoutError:
-                return
+            if rows := self._take():
+                jobs = list(dict.fromkeys(waiting for waiting, _ in rows))
+                # Not in the context of the request that happens to be there.
+                batch = loop.create_task(self._run(jobs, rows), context=Context())
+                self._batches[batch] = jobs
+                batch.add_done_callback(self._end)
+
+    def _end(self, batch: "asyncio.Task[None]") -> None:
+        del self._batches[batch]
+        self._ended = asyncio.get_running_loop().time()
+        self._start()
+
+    def _due(self) -> float:
+        """The loop's time at which the next batch is to start."""
+        first = [queue[0][0] for queue in self._queues.values() if queue]
+        full = self._queued() >= self._rules.max_batch
+        if full or self._closing or any(waiting.job.alone for waiting in first):
+            return -math.inf
+        return max(min(waiting.since for waiting in first), self._ended) + self._rules.max_delay_s
 
     def _take(self) -> list[_Row]:
         """The next batch: interactive first, in the order of arrival; who gave up or is late is dropped."""
         now = asyncio.get_running_loop().time()
-        batch: list[_Row] = []
+        rows: list[_Row] = []
         for queue in self._queues.values():
-            while queue and len(batch) < self._max_batch:
+            if rows and not self._rules.mixed:
+                break
+            while queue and len(rows) < self._rules.max_batch:
                 waiting, row = queue.popleft()
                 if waiting.job.due <= now:
                     waiting.fail(DeadlineExceeded("the deadline passed while the request was queued"))
                 if waiting.answer.done():
                     continue
                 if row == 0:
-                    self._metrics.queue_seconds.labels(self._model).observe(now - waiting.since)
+                    self._metrics.queue_seconds.labels(waiting.job.model).observe(now - waiting.since)
                     if waiting.queued:
                         waiting.queued.end()
-                batch.append((waiting, row))
-        return batch
+                rows.append((waiting, row))
+        return rows
 
-    async def _compute_batch(self, batch: list[_Row]) -> None:
-        images = np.stack([waiting.job.images[row] for waiting, row in batch])
-        t_end = np.stack([waiting.job.t_end[row] for waiting, row in batch])
-        loop = asyncio.get_running_loop()
-        traces = [waiting.trace for waiting in {waiting: None for waiting, _ in batch}]
-        with (
-            tracing.shared("inference", traces, model=self._model, batch=len(batch)),
-            self._metrics.inference_seconds.labels(self._model).time(),
-        ):
-            outputs = await loop.run_in_executor(self._compute, self.runner.run, images, t_end)
-        self._ended = loop.time()
-        self._metrics.batch_images.labels(self._model).observe(len(batch))
-        for index, (waiting, row) in enumerate(batch):
-            for name in waiting.job.outputs:
-                array = outputs[name]
-                if name not in waiting.outputs:
-                    waiting.outputs[name] = np.empty((len(waiting.job.images), array.shape[1]), np.float32)
-                waiting.outputs[name][row] = array[index]
-            waiting.left -= 1
-            if not waiting.left and not waiting.answer.done():
-                waiting.answer.set_result(waiting.outputs)
+    async def _run(self, jobs: list[_Waiting], rows: list[_Row]) -> None:
+        model = jobs[0].job.model
+        try:
+            with (
+                tracing.shared("inference", [one.trace for one in jobs], model=model, batch=len(rows)),
+                self._metrics.inference_seconds.labels(model).time(),
+            ):
+                outputs = await self._compute(_merged(jobs, rows))
+            self._metrics.batch_images.labels(model).observe(len(rows))
+            for index, (waiting, row) in enumerate(rows):
+                waiting.take(row, outputs, index)
+        except EngineError as error:
+            for waiting in jobs:
+                waiting.fail(error)
+        # Whatever happened: these jobs fail, and the next batch is tried.
+        except Exception as error:
+            log.exception("inference failed", model=model, jobs=len(jobs))
+            for waiting in jobs:
+                waiting.fail(EngineUnavailable(f"{type(error).__name__} in the model"))
+
+
+def _merged(jobs: list[_Waiting], rows: list[_Row]) -> Job:
+    return replace(
+        jobs[0].job,
+        images=np.stack([waiting.job.images[row] for waiting, row in rows]),
+        t_end=np.stack([waiting.job.t_end[row] for waiting, row in rows]),
+        outputs=tuple(dict.fromkeys(name for waiting in jobs for name in waiting.job.outputs)),
+        due=max(waiting.job.due for waiting in jobs),
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entry.config import Entry, EntryError, find_entries
-from service.engines.batching import Batcher
+from service.engines.batching import Batcher, Rules
 from service.engines.compiling import Compiling, can_be_compiled
 from service.engines.contract import EngineUnavailable, Job, ModelStatus, for_metrics, while_loading
 from service.settings import Settings
@@ -25,12 +25,27 @@ WARM_UP_CALLS = 3
 """TorchScript compiles in its first calls."""
 
 
+class _Version:
+    """A version that is served: its module behind a batcher. All compute in one thread."""
+
+    def __init__(
+        self, runner: "Runner", settings: Settings, thread: ThreadPoolExecutor, metrics: Metrics
+    ) -> None:
+        self.runner = runner
+        self._thread = thread
+        self.batcher = Batcher(self._compute, Rules(settings.max_batch, settings.max_delay_ms / 1e3), metrics)
+
+    async def _compute(self, job: Job) -> dict[str, np.ndarray]:
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._thread, self.runner.run, job.images, job.t_end)
+
+
 @dataclass
 class _Model:
-    """A model as it was last seen: its status, and a batcher for each served version."""
+    """A model as it was last seen: its status, and what is served of it, by version."""
 
     status: ModelStatus
-    batchers: dict[str, Batcher] = field(default_factory=dict)
+    served: dict[str, _Version] = field(default_factory=dict)
 
 
 class EmbeddedEngine:
@@ -42,7 +57,7 @@ class EmbeddedEngine:
         self._chosen = settings.chosen_models
         self._metrics = metrics
         self._models: dict[str, _Model] = {}
-        self._compute = ThreadPoolExecutor(1, "compute")
+        self._thread = ThreadPoolExecutor(1, "compute")
         self._compiling = Compiling(settings)
         self._rescanning = asyncio.Lock()
         self._loading: frozenset[str] = frozenset()
@@ -55,9 +70,9 @@ class EmbeddedEngine:
         """Finish the batch in progress; whatever waits fails."""
         await self._compiling.stop()
         for model in self._models.values():
-            for batcher in model.batchers.values():
-                await batcher.close()
-        self._compute.shutdown(wait=True, cancel_futures=True)
+            for version in model.served.values():
+                await version.batcher.close()
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     def models(self) -> Mapping[str, ModelStatus]:
         """All models by name."""
@@ -69,12 +84,13 @@ class EmbeddedEngine:
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
         """The job's outputs. Raises EngineError."""
         model = self._models.get(job.model)
-        batcher = model.batchers.get(job.version) if model else None
-        if batcher is None:
+        version = model.served.get(job.version) if model else None
+        if version is None:
             raise EngineUnavailable(f"{job.model} version {job.version} is not loaded")
-        if batcher.runner.entry.prg.versions[job.version].sha256 != job.sha256:
+        prg, size = version.runner.entry.prg, job.images.shape[2]
+        if (prg.versions[job.version].sha256, prg.image.size) != (job.sha256, size):
             raise EngineUnavailable("the model was replaced while the request was under way")
-        return await batcher.infer(job)
+        return await version.batcher.infer(job)
 
     async def rescan(self) -> None:
         """Load what is new, keep what is unchanged, drop what is gone.
@@ -91,12 +107,12 @@ class EmbeddedEngine:
                 fresh = {name: await self._refreshed(name, entry) for name, entry in wanted.items()}
             finally:
                 self._loading = frozenset()
-            kept = {id(b) for m in fresh.values() for b in m.batchers.values()}
-            old = [b for m in self._models.values() for b in m.batchers.values() if id(b) not in kept]
+            kept = {version for model in fresh.values() for version in model.served.values()}
+            old = {version for model in self._models.values() for version in model.served.values()} - kept
             self._models = fresh
-            self._compiling.start([b.runner for m in fresh.values() for b in m.batchers.values()])
-        for batcher in old:
-            await batcher.drain()
+            self._compiling.start([v.runner for model in fresh.values() for v in model.served.values()])
+        for version in old:
+            await version.batcher.drain()
         self._metrics.models(for_metrics(self._statuses()))
 
     def _found(self) -> dict[str, Entry | EntryError]:
@@ -108,7 +124,7 @@ class EmbeddedEngine:
 
     async def _refreshed(self, name: str, found: Entry | EntryError) -> _Model:
         before = self._models.get(name)
-        batchers: dict[str, Batcher] = {}
+        served: dict[str, _Version] = {}
         try:
             if isinstance(found, EntryError):
                 raise found
@@ -117,23 +133,23 @@ class EmbeddedEngine:
             failed = {v: self._reason(r) for v, r in listed if chosen is None or v in chosen}
             for version in self._versions(found, chosen):
                 try:
-                    batchers[version] = await self._batcher(before, found, version)
+                    served[version] = await self._version(before, found, version)
                 # Also what torch raises for a strange module: the other versions must serve.
                 except Exception as error:
                     failed[version] = self._reason(error)
-            if not batchers:
+            if not served:
                 raise EntryError("; ".join(failed.values()))
         except EntryError as error:
             reason = self._reason(error)
             log.error("entry refused", model=name, reason=reason)
-            if before and before.batchers and before.status.entry:
+            if before and before.served and before.status.entry:
                 kept = f"an older state of it is served, because: {reason}"
                 status = ModelStatus(name, before.status.entry, before.status.versions, kept)
-                return _Model(status, before.batchers)
+                return _Model(status, before.served)
             return _Model(ModelStatus(name, None, reason=reason, state="failed"))
         for version, reason in failed.items():
             log.error("version refused", model=name, version=version, reason=reason)
-        return _Model(ModelStatus(name, found, tuple(batchers), failed_versions=failed), batchers)
+        return _Model(ModelStatus(name, found, tuple(served), failed_versions=failed), served)
 
     def _reason(self, error: object) -> str:
         """What callers may read of it: files by their place in the repository, not on this machine."""
@@ -149,9 +165,9 @@ class EmbeddedEngine:
             )
         return tuple(v for v in entry.usable_versions if chosen is None or v in chosen)
 
-    async def _batcher(self, before: _Model | None, entry: Entry, version: str) -> Batcher:
+    async def _version(self, before: _Model | None, entry: Entry, version: str) -> _Version:
         """The one that runs already if its weights and facts are the same, or else a new one."""
-        old = before.batchers.get(version) if before else None
+        old = before.served.get(version) if before else None
         if old and _same(old.runner.entry, entry, version):
             return old
         directory = self._repository / entry.name
@@ -164,7 +180,7 @@ class EmbeddedEngine:
             precision=runner.entry.precision,
             compiled=bool(runner.compiled),
         )
-        return Batcher(runner, entry.name, self._settings, self._compute, self._metrics)
+        return _Version(runner, self._settings, self._thread, self._metrics)
 
 
 def load(directory: Path, version: str, settings: Settings) -> "Runner":

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from entry.config import Entry, EntryError, entry_from_config
 from service import tracing
+from service.engines.batching import Batcher, Rules
 from service.engines.contract import (
     DeadlineExceeded,
     EngineOverloaded,
@@ -40,6 +42,8 @@ CHANNEL = [
 ]
 """All of them, because giving any replaces the client's own defaults."""
 PRIORITIES = {"interactive": 1, "bulk": 2}
+CALLS = 4
+"""With rows of one version in flight to one address: two that its instances compute, two that wait there."""
 CALL_TIMEOUT_S = 5.0
 """Of calls that ask for facts, not for inference."""
 LOAD_TIMEOUT_S = 120.0
@@ -123,6 +127,7 @@ class TritonEngine:
         self._rescanning = asyncio.Lock()
         self._loading: frozenset[str] = frozenset()
         self._watches: list[asyncio.Task[None]] = []
+        self._batchers: dict[tuple[Any, ...], Batcher] = {}
 
     async def start(self) -> None:
         """Look at every address once, then keep looking; one that is absent is no error."""
@@ -130,7 +135,9 @@ class TritonEngine:
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self._replicas]
 
     async def close(self) -> None:
-        """Close the channels; calls in flight are cancelled."""
+        """Await the calls in flight, fail what waits, close the channels."""
+        for batcher in self._batchers.values():
+            await batcher.close()
         for watch in self._watches:
             watch.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)
@@ -155,19 +162,20 @@ class TritonEngine:
         return dict(sorted(found.items()))
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
-        """The job's outputs, computed in batches that Triton takes. Raises EngineError."""
+        """The job's outputs. Raises EngineError.
+
+        Rows of several callers go in one call where others are under way: Triton could put them together as well, but
+        a call each costs the gateway more than anything else it does for them.
+        """
         status = self.models().get(job.model)
         if status is None or status.entry is None:
             raise EngineUnavailable(f"no Triton serves {job.model}")
-        entry, size = status.entry, status.entry.max_batch_size
-        batches = [slice(start, start + size) for start in range(0, len(job.images), size)]
-        calls = [asyncio.ensure_future(self._batch(entry, job, rows)) for rows in batches]
-        try:
-            parts = await asyncio.gather(*calls)
-        finally:
-            for call in calls:
-                call.cancel()
-        return {name: np.concatenate([part[name] for part in parts]) for name in job.outputs}
+        # Alike in all that a call says once for its rows.
+        kind = job.model, job.version, job.sha256, job.images.shape[1:], status.entry.max_batch_size
+        if kind not in self._batchers:
+            rules = Rules(kind[-1], at_once=CALLS * len(self._replicas), mixed=False)
+            self._batchers[kind] = Batcher(partial(self._compute, status.entry), rules, self._metrics)
+        return await self._batchers[kind].infer(job)
 
     async def rescan(self) -> None:
         """Ask each Triton to load every entry of its index, then read the configurations again."""
@@ -200,7 +208,7 @@ class TritonEngine:
             replica.refused[name] = _text(error)
             log.error("entry refused", model=name, address=replica.address, reason=_text(error))
 
-    async def _batch(self, entry: Entry, job: Job, rows: slice) -> dict[str, np.ndarray]:
+    async def _compute(self, entry: Entry, job: Job) -> dict[str, np.ndarray]:
         """One call, tried again at another address (or the same, if it is the only one) where one fails.
 
         A full queue is an answer: to try again would add to the load.
@@ -210,7 +218,7 @@ class TritonEngine:
             replica = self._choose(job, tried)
             tried.append(replica)
             try:
-                answer = await self._call(replica, entry, job, rows)
+                answer = await self._call(replica, entry, job)
             except EngineUnavailable as error:
                 failure = error
                 # The first in a row: an outage is one line, not one for each request.
@@ -234,8 +242,8 @@ class TritonEngine:
             raise EngineUnavailable("the model was replaced while the request was under way")
         return min(able, key=lambda r: (r in tried, r.seen is None, r.shunned_until > now, r.in_flight))
 
-    async def _call(self, replica: Replica, entry: Entry, job: Job, rows: slice) -> dict[str, np.ndarray]:
-        images, t_end = np.ascontiguousarray(job.images[rows]), job.t_end[rows, None]
+    async def _call(self, replica: Replica, entry: Entry, job: Job) -> dict[str, np.ndarray]:
+        images, t_end = job.images, job.t_end[:, None]
         inputs = [
             InferInput("IMAGE", list(images.shape), "UINT8").set_data_from_numpy(images),
             InferInput("T_END", list(t_end.shape), "FP32").set_data_from_numpy(t_end),
@@ -245,25 +253,20 @@ class TritonEngine:
             raise DeadlineExceeded("the deadline passed before the engine was asked")
         replica.in_flight += 1
         try:
-            with (
-                tracing.span("inference", model=job.model, batch=len(images), address=replica.address),
-                self._metrics.inference_seconds.labels(job.model).time(),
-            ):
-                result = await replica.client.infer(
-                    job.model,
-                    inputs,
-                    model_version=job.version,
-                    outputs=[InferRequestedOutput(name) for name in job.outputs],
-                    priority=PRIORITIES[job.priority],
-                    timeout=int(left * 1e6),
-                    client_timeout=left,
-                    headers=tracing.carried(job.headers) or None,
-                )
+            result = await replica.client.infer(
+                job.model,
+                inputs,
+                model_version=job.version,
+                outputs=[InferRequestedOutput(name) for name in job.outputs],
+                priority=PRIORITIES[job.priority],
+                timeout=int(left * 1e6),
+                client_timeout=left,
+                headers=tracing.carried(job.headers) or None,
+            )
         except InferenceServerException as error:
             raise translate_error(error) from None
         finally:
             replica.in_flight -= 1
-        self._metrics.batch_images.labels(job.model).observe(len(images))
         return {name: _checked(result.as_numpy(name), name, len(images), entry) for name in job.outputs}
 
     async def _watch(self, replica: Replica) -> None:

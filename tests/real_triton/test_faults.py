@@ -159,7 +159,7 @@ async def test_two_share_the_load_and_one_is_killed(serve: Serve) -> None:
 
 async def test_a_full_queue(serve: Serve, tmp_path: Path) -> None:
     path = write_tiny_entry(tmp_path / "models") / "config.pbtxt"
-    path.write_text(path.read_text().replace("max_queue_size: 256", "max_queue_size: 2"))
+    path.write_text(path.read_text().replace("max_queue_size: 256", "max_queue_size: 1"))
     async with gateway(serve()) as http:
         await eventually(lambda: is_ready(http), 10)
         (path.parent / "slow-ms").write_text("400")

@@ -15,7 +15,7 @@ from torch import Tensor
 from entry.config import read_entry, write_entry
 from entry.files import sha256
 from entry.runner import Runner
-from service.engines.contract import DeadlineExceeded, EngineOverloaded, EngineUnavailable, Job
+from service.engines.contract import DeadlineExceeded, EngineUnavailable, Job
 from service.engines.embedded import EmbeddedEngine, load
 from service.settings import Settings
 from service.telemetry import Metrics
@@ -47,15 +47,15 @@ class Gate:
 
 @asynccontextmanager
 async def engine(
-    folder: Path, delay_s: float = 0.0, queue: int = 64, is_open: bool = False
+    folder: Path, delay_s: float = 0.0, is_open: bool = False
 ) -> AsyncIterator[tuple[EmbeddedEngine, Gate]]:
     write_tiny_entry(folder, size=16)
-    batching = {"max_batch": 4, "max_delay_ms": delay_s * 1e3, "queue_images": queue}
+    batching = {"max_batch": 4, "max_delay_ms": delay_s * 1e3}
     running = EmbeddedEngine(Settings(model_repository=folder, **batching), Metrics())  # type: ignore[arg-type]
     await running.start()
-    batcher = running._models["tiny"].batchers["1"]
-    gate = Gate(batcher.runner)
-    batcher.runner = gate  # type: ignore[assignment]
+    version = running._models["tiny"].served["1"]
+    gate = Gate(version.runner)
+    version.runner = gate  # type: ignore[assignment]
     if is_open:
         gate.open.set()
     try:
@@ -93,7 +93,7 @@ def right(found: dict[str, np.ndarray], *levels: float) -> bool:
 
 
 async def test_each_caller_gets_its_own_rows(tmp_path: Path) -> None:
-    async with engine(tmp_path, queue=1000, is_open=True) as (running, gate):
+    async with engine(tmp_path, is_open=True) as (running, gate):
         rng = np.random.default_rng(0)
         wanted = [rng.uniform(0, 1, rng.integers(1, 12)).round(3) for _ in range(40)]
         found = await asyncio.gather(*(running.infer(job(*levels)) for levels in wanted))
@@ -152,17 +152,6 @@ async def test_who_gives_up_or_is_late_is_not_computed(tmp_path: Path) -> None:
         with pytest.raises(DeadlineExceeded):
             await late
         assert gate.batches == [[0.9], [0.3]]
-
-
-async def test_a_full_queue_refuses_and_recovers(tmp_path: Path) -> None:
-    async with engine(tmp_path, queue=4) as (running, gate):
-        first = await busy(running, gate)
-        others = await waiting(running, job(0.1, 0.2, 0.3))
-        with pytest.raises(EngineOverloaded):
-            await running.infer(job(0.4, 0.5))
-        gate.open.set()
-        await asyncio.gather(first, *others)
-        assert right(await running.infer(job(0.4, 0.5)), 0.4, 0.5)
 
 
 async def test_closing_fails_what_waits(tmp_path: Path) -> None:
@@ -249,7 +238,7 @@ async def test_a_rescan_takes_new_versions_keeps_what_runs_and_survives_bad_ones
         damaged.write_bytes(damaged.read_bytes()[:-1])
         await running.rescan()
         status = running.models()["tiny"]
-        assert running._models["tiny"].batchers["1"].runner is gate
+        assert running._models["tiny"].served["1"].runner is gate
         assert (status.default_version, status.failed_versions.keys()) == ("2", {"3"})
         assert (await running.infer(job(0.5, version="2")))["HIDDEN"][0, 3] == pytest.approx(0.51)
         (tmp_path / "tiny" / "config.pbtxt").write_text("nonsense")

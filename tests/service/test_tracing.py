@@ -188,7 +188,7 @@ def test_tritons_span_is_a_child_of_ours(traced: Receiver, tmp_path: Path) -> No
         eventually(lambda: theirs(), 30)
     finally:
         server.stop()
-    assert traced.of(TRACE).keys() == {"POST /embed", "admission", "decode", "inference"}
+    assert traced.of(TRACE).keys() == {"POST /embed", "admission", "decode", "queue", "inference"}
     [found] = theirs()
     assert found.trace_id.hex() == TRACE
 
