@@ -29,8 +29,10 @@ class Rules:
     """Rows at most."""
     max_delay_s: float = 0.0
     """How long it waits for company."""
-    at_once: int = 1
-    """Batches in work together; while so many are, the next gathers."""
+    in_work: int = 1
+    """While so many rows are computed, the next batch gathers."""
+    eager: int = 0
+    """While fewer batches are in work, nobody waits for company."""
     mixed: bool = True
     """Whether bulk rows fill what interactive ones leave free."""
 
@@ -71,10 +73,10 @@ _Row = tuple[_Waiting, int]
 class Batcher:
     """Dynamic batching for one version: rows of several jobs are computed together.
 
-    A batch starts when it is full, or at `max_delay_s` after its oldest row came and the last batch ended: those that
-    have been answered then are back, and a row that came meanwhile does not go without them. A job that nothing else is
-    in work with waits for nobody. Interactive rows go before bulk ones. A failing batch fails the jobs in it, and no
-    other. Who has given up is left out.
+    A batch starts when it is full, or at `max_delay_s` after its oldest row came; where none is in work, also after the
+    last one ended: those that have been answered then are back, and a row that came meanwhile does not go without
+    them. A job that nothing else is in work with waits for nobody. Interactive rows go before bulk ones. A failing
+    batch fails the jobs in it, and no other. Who has given up is left out.
     """
 
     def __init__(self, compute: Compute, rules: Rules, metrics: Metrics) -> None:
@@ -82,8 +84,8 @@ class Batcher:
         self._rules = rules
         self._metrics = metrics
         self._queues: dict[Priority, deque[_Row]] = {"interactive": deque(), "bulk": deque()}
-        self._batches: dict[asyncio.Task[None], list[_Waiting]] = {}
-        """Those in work, with their jobs."""
+        self._batches: dict[asyncio.Task[None], list[_Row]] = {}
+        """Those in work."""
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._ended = -math.inf
@@ -129,8 +131,8 @@ class Batcher:
         left = [row for row in queue if row[0] is not waiting]
         queue.clear()
         queue.extend(left)
-        for batch, jobs in self._batches.items():
-            if all(one.answer.done() for one in jobs):
+        for batch, rows in self._batches.items():
+            if all(one.answer.done() for one, _ in rows):
                 batch.cancel()
 
     def _start(self) -> None:
@@ -139,15 +141,14 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         loop = asyncio.get_running_loop()
-        while self._queued() and len(self._batches) < self._rules.at_once:
+        while self._queued() and sum(map(len, self._batches.values())) < self._rules.in_work:
             if (due := self._due()) > loop.time():
                 self._timer = loop.call_at(due, self._start)
                 return
             if rows := self._take():
-                jobs = list(dict.fromkeys(waiting for waiting, _ in rows))
                 # Not in the context of the request that happens to be there.
-                batch = loop.create_task(self._run(jobs, rows), context=Context())
-                self._batches[batch] = jobs
+                batch = loop.create_task(self._run(rows), context=Context())
+                self._batches[batch] = rows
                 batch.add_done_callback(self._end)
 
     def _end(self, batch: "asyncio.Task[None]") -> None:
@@ -158,10 +159,11 @@ class Batcher:
     def _due(self) -> float:
         """The loop's time at which the next batch is to start."""
         first = [queue[0][0] for queue in self._queues.values() if queue]
-        full = self._queued() >= self._rules.max_batch
-        if full or self._closing or any(waiting.job.alone for waiting in first):
+        eager = len(self._batches) < self._rules.eager or any(waiting.job.alone for waiting in first)
+        if eager or self._closing or self._queued() >= self._rules.max_batch:
             return -math.inf
-        return max(min(waiting.since for waiting in first), self._ended) + self._rules.max_delay_s
+        since = min(waiting.since for waiting in first)
+        return (since if self._batches else max(since, self._ended)) + self._rules.max_delay_s
 
     def _take(self) -> list[_Row]:
         """The next batch: interactive first, in the order of arrival; who gave up or is late is dropped."""
@@ -183,7 +185,8 @@ class Batcher:
                 rows.append((waiting, row))
         return rows
 
-    async def _run(self, jobs: list[_Waiting], rows: list[_Row]) -> None:
+    async def _run(self, rows: list[_Row]) -> None:
+        jobs = list(dict.fromkeys(waiting for waiting, _ in rows))
         model = jobs[0].job.model
         try:
             with (

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.engines.threads import in_own_thread
 from service.settings import Settings
 from service.telemetry import log
 
@@ -59,7 +60,7 @@ class Compiling:
         for runner in runners:
             try:
                 reason = await self._run(runner, cache)
-                if not reason and not await asyncio.to_thread(runner.use_compiled, cache, self._most):
+                if not reason and not await in_own_thread(runner.use_compiled, cache, self._most):
                     reason = "it can't be loaded, or its answers differ by more than the entry's tolerance"
             # Whatever it is: TorchScript serves on.
             except Exception as error:

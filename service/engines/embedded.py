@@ -14,6 +14,7 @@ from entry.config import Entry, EntryError, find_entries
 from service.engines.batching import Batcher, Rules
 from service.engines.compiling import Compiling, can_be_compiled
 from service.engines.contract import EngineUnavailable, Job, ModelStatus, for_metrics, while_loading
+from service.engines.threads import in_own_thread
 from service.settings import Settings
 from service.telemetry import Metrics, log
 
@@ -171,7 +172,7 @@ class EmbeddedEngine:
         if old and _same(old.runner.entry, entry, version):
             return old
         directory = self._repository / entry.name
-        runner = await asyncio.to_thread(load, directory, version, self._settings)
+        runner = await in_own_thread(load, directory, version, self._settings)
         log.info(
             "model loaded",
             model=entry.name,

@@ -42,8 +42,14 @@ CHANNEL = [
 ]
 """All of them, because giving any replaces the client's own defaults."""
 PRIORITIES = {"interactive": 1, "bulk": 2}
-CALLS = 4
-"""With rows of one version in flight to one address: two that its instances compute, two that wait there."""
+EAGER_CALLS = 4
+"""So many calls of a version go to one address at once: two that its instances compute, two that wait there."""
+DELAY_S = 0.02
+"""How long rows wait for company where so many are in flight."""
+BATCHES = 4
+"""Of rows in flight to one address, likewise."""
+PARTS = 4
+"""A call has this part of a batch at most. Triton puts calls together but divides none, so large ones leave gaps."""
 CALL_TIMEOUT_S = 5.0
 """Of calls that ask for facts, not for inference."""
 LOAD_TIMEOUT_S = 120.0
@@ -173,7 +179,10 @@ class TritonEngine:
         # Alike in all that a call says once for its rows.
         kind = job.model, job.version, job.sha256, job.images.shape[1:], status.entry.max_batch_size
         if kind not in self._batchers:
-            rules = Rules(kind[-1], at_once=CALLS * len(self._replicas), mixed=False)
+            rows, here = kind[-1], len(self._replicas)
+            rules = Rules(
+                max(1, rows // PARTS), DELAY_S, BATCHES * rows * here, EAGER_CALLS * here, mixed=False
+            )
             self._batchers[kind] = Batcher(partial(self._compute, status.entry), rules, self._metrics)
         return await self._batchers[kind].infer(job)
 

@@ -197,6 +197,41 @@ async def test_what_the_caller_said_travels_along(serve: Serve, monkeypatch: pyt
     assert [o.name() for o in sent["outputs"]] == ["STATE"]
 
 
+async def test_rows_of_several_callers_go_in_one_call(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int, list[str]]] = []
+    async with engine(serve()) as running:
+        client, go_on = running._replicas[0].client, asyncio.Event()
+        real = client.infer
+
+        async def infer_later(model: str, inputs: Any, **named: Any) -> Any:
+            calls.append((named["priority"], inputs[0].shape()[0], [o.name() for o in named["outputs"]]))
+            await go_on.wait()
+            return await real(model, inputs, **named)
+
+        monkeypatch.setattr(client, "infer", infer_later)
+        due = asyncio.get_running_loop().time() + 10
+        images = random_images(8)
+
+        def ask(row: int, output: str, **more: Any) -> "asyncio.Task[dict[str, np.ndarray]]":
+            asked = job("tiny", images[row : row + 1], np.array([row / 10]), output, **more)
+            return asyncio.create_task(infer(running, replace(asked, due=due)))
+
+        first = [ask(row, "HIDDEN") for row in range(4)]
+        await asyncio.sleep(0)
+        gone, *rest = ask(4, "HIDDEN"), ask(5, "STATE"), ask(6, "HIDDEN"), ask(7, "HIDDEN", priority="bulk")
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0.1)
+        go_on.set()
+        found = await asyncio.gather(*first, *rest)
+    assert calls[:4] == [(1, 1, ["HIDDEN"])] * 4
+    assert calls[4:] == [(1, 2, ["STATE", "HIDDEN"]), (2, 1, ["HIDDEN"])]
+    for row, answer in zip((0, 1, 2, 3, 6, 7), [*found[:4], *found[5:]], strict=True):
+        assert answer.keys() == {"HIDDEN"}
+        assert answer["HIDDEN"][0, 3] == pytest.approx(row / 10)
+    assert found[4].keys() == {"STATE"}
+
+
 @pytest.mark.parametrize(
     ("status", "text", "kind"),
     [
