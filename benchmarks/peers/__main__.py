@@ -14,7 +14,6 @@ import gc
 import io
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -25,11 +24,12 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+from benchmarks.pages import commit, write_region
 from benchmarks.peers.engine import STAND_IN, Engine
 from benchmarks.peers.load import Load, Measured
 from benchmarks.peers.servers import SERVERS, Server, environment, running
-from benchmarks.trust.__main__ import commit
 from benchmarks.trust.stage import machine, processor_s
+from entry.files import write_atomically
 
 ENTRY = Path("model_repository/prg-cifar10")
 ENGINES = {STAND_IN: 2.0, ENTRY.name: 4.0}
@@ -41,7 +41,6 @@ SHOWN = ("images_per_s", "p50_ms", "p99_ms", "cores")
 TOLERANCE = 1e-3
 PAGE = Path("docs/performance.md")
 RESULTS = Path("docs/results/peers.json")
-PLACE = re.compile(r"(?<=<!-- benchmarks.peers writes what follows -->\n).*?(?=<!-- to here -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -218,11 +217,11 @@ def main(argv: list[str] | None = None) -> int:
     text = page(cells, where)
     print(text)
     if arguments.scale == 1:
-        PAGE.write_text(PLACE.sub(lambda _: f"\n{text}\n\n", PAGE.read_text("utf-8")), "utf-8")
+        write_region(PAGE, "benchmarks.peers", text)
         facts = {"commit": at, "machine": machine(), "minutes": round(minutes, 1)}
         facts |= {"servers": [server.label for server in pythons]}
         rows = ",\n".join(json.dumps(rounded(c)) for c in cells)
-        RESULTS.write_text(f'{json.dumps(facts)[:-1]}, "cells": [\n{rows}\n]}}\n')
+        write_atomically(RESULTS, f'{json.dumps(facts)[:-1]}, "cells": [\n{rows}\n]}}\n'.encode())
     return int(any(c.failed or c.wrong for c in cells))
 
 
