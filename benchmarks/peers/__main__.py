@@ -24,9 +24,9 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+from benchmarks.generator import Load, Measured
 from benchmarks.pages import commit, write_region
 from benchmarks.peers.engine import STAND_IN, Engine
-from benchmarks.peers.load import Load, Measured
 from benchmarks.peers.servers import SERVERS, Server, environment, running
 from benchmarks.trust.stage import machine, processor_s
 from entry.files import write_atomically
@@ -116,8 +116,8 @@ def figures_of(
     server: Server, measured: Measured, expected: np.ndarray
 ) -> tuple[float, float, float, int, int, float]:
     """A cell's figures from images_per_s to late_ms; every answer is compared with its own image's."""
-    good = [answer for answer in measured.answers if answer.status == 200]
-    p50, p99 = np.percentile([(a.done - a.due) * 1e3 for a in good] or [np.nan], (50, 99))
+    good = measured.good
+    p50, p99 = np.percentile([answer.latency_s * 1e3 for answer in good] or [np.nan], (50, 99))
     vectors = np.array([server.vector(json.loads(answer.body)) for answer in good])
     own = expected[[answer.request for answer in good]]
     wrong = int((np.abs(vectors - own).max(1) > TOLERANCE * np.abs(own).max(1)).sum()) if good else 0

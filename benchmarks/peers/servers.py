@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.peers.load import Load
+from benchmarks.generator import Load, post
 from benchmarks.trust.stage import family
 from tests.real_triton.server import free_ports
 
@@ -121,13 +122,6 @@ def environment(server: Server) -> Path | None:
     return python
 
 
-def request(server: Server, png: bytes) -> bytes:
-    """Of HTTP, as it goes over the wire."""
-    kind, body = server.body(png)
-    head = f"POST {server.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
 @contextlib.contextmanager
 def running(
     server: Server, python: Path, entry: Path, engine: str, pngs: list[bytes]
@@ -140,10 +134,10 @@ def running(
         process = subprocess.Popen(
             command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True
         )
-        load = Load(port, [request(server, png) for png in pngs])
+        load = Load(port, [post(server.path, *server.body(png)) for png in pngs])
         try:
             until = time.monotonic() + START_S
-            while not answers(load):
+            while not answers(port, load):
                 if process.poll() is not None or time.monotonic() > until:
                     log.seek(0)
                     raise SystemExit(f"{server.name} does not answer: {log.read()[-3000:].decode()}")
@@ -156,10 +150,10 @@ def running(
             process.wait()
 
 
-def answers(load: Load) -> bool:
+def answers(port: int, load: Load) -> bool:
     """Whether it answers one caller."""
-    with contextlib.suppress(OSError):
-        return any(answer.status == 200 for answer in load.closed(1, 0.1).answers)
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return bool(load.closed(1, 0.1).good)
     return False
 
 
