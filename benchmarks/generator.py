@@ -1,5 +1,6 @@
 """A load generator that costs little: one thread, one epoll, requests that were made before."""
 
+import gc
 import re
 import select
 import socket
@@ -20,8 +21,7 @@ PATIENCE_S = 30.0
 AT_ONCE = 16
 """Requests that are sent before answers are read again."""
 WATCH_S = 0.25
-LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
-CLOSES = re.compile(rb"(?i)\r\nconnection: *close")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 
 
 class Answer(NamedTuple):
@@ -33,6 +33,7 @@ class Answer(NamedTuple):
     status: int
     """0: the connection ended, or nothing came."""
     head: bytes
+    """In lower case."""
     body: bytes
 
     @property
@@ -93,6 +94,8 @@ class Load:
         """By the number of their socket."""
         self._free: dict[int, Line] = {}
         self._poll = select.epoll()
+        # What is there already: else the collector looks through it again and again, as answers come.
+        gc.freeze()
 
     def closed(self, callers: int, seconds: float) -> Measured:
         """So many callers, each of whom sends again once answered. What is answered in time counts."""
@@ -184,11 +187,12 @@ class Load:
             if event == select.EPOLLOUT:
                 continue
             try:
-                data = line.socket.recv(1 << 18)
+                data = line.socket.recv(1 << 16)
             except OSError:
                 data = b""
             line.received += data
             head, _, body = line.received.partition(b"\r\n\r\n")
+            head = head.lower()
             length = LENGTH.search(head)
             if not data:
                 answers.append(self._ended(number))
@@ -198,7 +202,7 @@ class Load:
                 )
                 line.received = b""
                 del self._waiting[number]
-                if line.unsent or CLOSES.search(head):
+                if line.unsent or b"\r\nconnection: close" in head:
                     line.socket.close()
                 else:
                     self._free[number] = line

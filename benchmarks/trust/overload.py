@@ -111,7 +111,7 @@ def row(
     p50, p99 = np.percentile([answer.latency_s for answer in measured.good] or [0.0], (50, 99))
     refused = [answer for answer in measured.answers if answer.status in (429, 503)]
     strange = len(measured.answers) - len(measured.good) - len(refused)
-    no_retry_after = any(b"\r\nretry-after: " not in answer.head.lower() for answer in refused)
+    no_retry_after = any(b"\r\nretry-after: " not in answer.head for answer in refused)
     mistaken = wrong(measured.good)
     figure = (
         f"goodput {goodput:.0f}/s, {share * 100:.0f} %, p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms, "
