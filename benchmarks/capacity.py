@@ -28,8 +28,7 @@ import numpy as np
 import simpy
 import torch
 
-from benchmarks.gateway import SIZES, photos
-from benchmarks.generator import Load, post
+from benchmarks.gateway import SIZES, photos, photos_to
 from benchmarks.trust.stage import Gateway as Served
 from benchmarks.trust.stage import family, machine, processor_s, staged
 from entry.config import ImageSpec
@@ -215,11 +214,6 @@ def mean_seconds(function: Any, *arguments: Any, seconds: float) -> float:
         function(*arguments)
         calls += 1
     return elapsed / calls
-
-
-def photos_to(port: int, files: list[bytes]) -> Load:
-    """These files, in turn."""
-    return Load(port, [post("/embed", "image/jpeg", file) for file in files])
 
 
 def pin(gateway: Served, core: int) -> None:

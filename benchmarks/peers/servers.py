@@ -12,6 +12,7 @@ import time
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.real_triton.server import free_ports
 
 ENVIRONMENTS = Path(".venv-peers")
 PINNED = ("torch", "numpy", "pillow", "tritonclient")
+"""In the versions of this environment, and PyTorch in its build."""
 SHARED = ("grpcio", "protobuf", "pydantic")
 """What reading an entry and decoding need beside those; in versions that suit the peer."""
 START_S = 90.0
@@ -106,20 +108,24 @@ def environment(server: Server) -> Path | None:
         return Path(sys.executable)
     folder = (ENVIRONMENTS / server.name.replace(" ", "-").lower()).absolute()
     python, done = folder / "bin" / "python", folder / "installed"
-    wanted = " ".join(server.packages)
-    if done.exists() and done.read_text() == wanted:
+    torch, *pinned = (f"{name}=={version(name)}" for name in PINNED)
+    wanted = [torch, *pinned, *SHARED, *server.packages]
+    if done.exists() and done.read_text().split() == wanted:
         return python
-    print(f"installing {wanted} ...", file=sys.stderr)
+    print(f"installing {' '.join(server.packages)} ...", file=sys.stderr)
     venv.create(folder, with_pip=True, clear=True)
-    known = Path("constraints.txt").read_text().splitlines()
-    torch, *pinned = (next(line for line in known if line.startswith(f"{name}==")) for name in PINNED)
-    # By itself and before what depends on it, which would choose another build.
-    for packages in ([torch], [*pinned, *SHARED, *server.packages]):
-        if subprocess.run([python, "-m", "pip", "install", "-q", *packages]).returncode:
-            print(f"{server.label} is skipped: it could not be installed", file=sys.stderr)
-            return None
-    done.write_text(wanted)
+    index = f"https://download.pytorch.org/whl/{torch.partition('+')[2]}"
+    # By itself and before what depends on it, which would choose another build: one that pip knows of, or the index's.
+    if not (pip(python, torch) or pip(python, torch, "--index-url", index)) or not pip(python, *wanted):
+        print(f"{server.label} is skipped: it could not be installed", file=sys.stderr)
+        return None
+    done.write_text(" ".join(wanted))
     return python
+
+
+def pip(python: Path, *arguments: str) -> bool:
+    """Install these."""
+    return not subprocess.run([python, "-m", "pip", "install", "-q", *arguments]).returncode
 
 
 @contextlib.contextmanager
