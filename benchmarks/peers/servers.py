@@ -23,10 +23,10 @@ from benchmarks.trust.stage import family
 from tests.real_triton.server import free_ports
 
 ENVIRONMENTS = Path(".venv-peers")
-PINNED = ("torch", "numpy", "pillow", "tritonclient")
+PINNED = ("torch", "numpy", "pillow", "tritonclient[grpc]")
 """In the versions of this environment, and PyTorch in its build."""
-SHARED = ("grpcio", "protobuf", "pydantic")
-"""What reading an entry and decoding need beside those; in versions that suit the peer."""
+SHARED = ("pydantic",)
+"""What reading an entry needs beside those; in a version that suits the peer."""
 START_S = 90.0
 WARM_CALLERS = 64
 
@@ -108,7 +108,7 @@ def environment(server: Server) -> Path | None:
         return Path(sys.executable)
     folder = (ENVIRONMENTS / server.name.replace(" ", "-").lower()).absolute()
     python, done = folder / "bin" / "python", folder / "installed"
-    torch, *pinned = (f"{name}=={version(name)}" for name in PINNED)
+    torch, *pinned = (f"{name}=={version(name.partition('[')[0])}" for name in PINNED)
     wanted = [torch, *pinned, *SHARED, *server.packages]
     if done.exists() and done.read_text().split() == wanted:
         return python
@@ -165,7 +165,11 @@ def answers(port: int, load: Load) -> bool:
 
 def end(pid: int) -> None:
     """A process and all that it started, which may be in sessions of their own."""
-    processes = family(pid)
+    try:
+        processes = family(pid)
+    except psutil.NoSuchProcess:
+        # It ended by itself.
+        return
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
