@@ -67,9 +67,11 @@ check: .venv/.setup ## format, lint, types, import rules, links of the documents
 	@# A clone stays small: models are replaced, not added to.
 	@git ls-files -z | xargs -0 cat | wc -c | awk '$$1 > 45e6 {print "the tracked files are " $$1 " bytes, at most 45e6"; exit 1}'
 
-bench: .venv/.setup ## measure the extractor and the gateway on this machine
+bench: .venv/.setup ## measure this machine, beside four other servers: the tables of docs/performance.md
 	PYTHONPATH=. $(RUN)python benchmarks/extractor.py
 	PYTHONPATH=. $(RUN)python benchmarks/gateway.py
+	$(RUN)python -m benchmarks.curves
+	$(RUN)python -m benchmarks.peers
 
 # What the gateway's image holds, and beside it the tools that look at it.
 .venv-audit/.image: pyproject.toml constraints.txt docker/gateway.Dockerfile

@@ -28,8 +28,7 @@ import numpy as np
 import simpy
 import torch
 
-from benchmarks.gateway import SIZES, photos
-from benchmarks.trust.overload import Load
+from benchmarks.gateway import SIZES, photos, photos_to
 from benchmarks.trust.stage import Gateway as Served
 from benchmarks.trust.stage import family, machine, processor_s, staged
 from entry.config import ImageSpec
@@ -217,16 +216,6 @@ def mean_seconds(function: Any, *arguments: Any, seconds: float) -> float:
     return elapsed / calls
 
 
-class Photos(Load):
-    """Sends these files in turn."""
-
-    def __init__(self, port: int, files: list[bytes]) -> None:
-        super().__init__(port)
-        head = "POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {}\r\n\r\n"
-        requests = [head.format(len(file)).encode() + file for file in files]
-        self._requests = [requests[i % len(files)] for i in range(len(self._requests))]
-
-
 def pin(gateway: Served, core: int) -> None:
     """With all its threads."""
     for process in family(gateway.process.pid):
@@ -263,11 +252,11 @@ def overhead(files: list[bytes], core: int, other: int) -> float:
             )
         pin(stage.gateway, core)
         with on_core(other):
-            load = Photos(stage.gateway.port, files)
+            load = photos_to(stage.gateway.port, files)
             load.closed(16, 2)
             pid = stage.gateway.process.pid
             before = processor_s(pid)
-            answered = len(load.arrivals(USUAL_RATE, 6, lambda: None).answers)
+            answered = len(load.opened(USUAL_RATE, 6, 0.0).good)
             return (processor_s(pid) - before) / answered - rest_s
 
 
@@ -282,14 +271,15 @@ def measured(
             gateway.start()
             pin(gateway, core)
             with on_core(other):
-                load = Photos(gateway.port, files)
+                load = photos_to(gateway.port, files)
                 load.closed(16, 4)
-                limit = load.closed(32, seconds)
+                limit = load.closed(32, seconds).rate
                 for factor in CURVE:
                     rate = factor * limit
-                    tally = load.arrivals(rate, seconds, lambda: None)
+                    arrived = load.opened(rate, seconds, 0.0)
                     load.close()
-                    found = Outcome([a.latency_s for a in tally.answers], tally.sent - len(tally.answers))
+                    failed = len(arrived.answers) - len(arrived.good)
+                    found = Outcome([answer.latency_s for answer in arrived.good], failed)
                     both = {
                         "measured": summary(found),
                         "simulated": summary(simulate(times, Site(), rate, seconds)),

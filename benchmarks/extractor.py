@@ -1,8 +1,10 @@
-"""The extractor by itself, as the official algorithm has it and as it can be served. Prints one JSON line last.
+"""The extractor by itself, as the official algorithm has it and as it can be served.
 
 official is 31 Euler steps in eager PyTorch, in this project's solver, which computes what torchdiffeq's does;
 torchscript is model.pt as it is served; bf16 is that with PRG_PRECISION=bf16; compiled is that with PRG_COMPILE_CACHE.
 ceiling is how many operations a second a large matrix product takes here, in the row's precision, in the same run.
+
+Without options its table goes into docs/performance.md and the figures into docs/results/extractor.json.
 
 PYTHONPATH=. python benchmarks/extractor.py [ENTRY…] [--rounds N] [--device cuda] [--cache FOLDER] [--json FILE]
 """
@@ -23,7 +25,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.pages import commit, write_region
+from benchmarks.trust.stage import machine
 from entry.compiled import compiler
+from entry.files import write_atomically
 from entry.runner import Runner
 from prg.encoder import Encoder
 from prg.extractor import Normalise
@@ -39,6 +44,16 @@ OFFICIAL_ROUNDS = 2
 SIDE = 2048
 """Of the matrices that say how fast this machine multiplies."""
 ENTRIES = (Path("model_repository/prg-everyday"), Path("model_repository/prg-cifar10"))
+ROWS = {
+    "official": f"official: {OFFICIAL_STEPS} Euler steps, eager",
+    "torchscript": "TorchScript, as served",
+    "bf16": "TorchScript, `PRG_PRECISION=bf16`",
+    "compiled": "compiled, `PRG_COMPILE_CACHE`",
+}
+AIMS = {("compiled", 1): 1.5, ("compiled", 32): 1.1, ("bf16", 32): 1.8}
+"""(row, images) -> times TorchScript."""
+PAGE = Path("docs/performance.md")
+RESULTS = Path("docs/results/extractor.json")
 Call = Callable[[np.ndarray, np.ndarray], object]
 
 
@@ -53,9 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, help="keep what is compiled here (default: compile anew)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
+    published = arguments == parser.parse_args([])
     facts: dict[str, Any] = {
         "benchmark": "extractor",
-        "command": f"PYTHONPATH=. python benchmarks/extractor.py --rounds {arguments.rounds}",
+        "commit": commit(),
+        "machine": machine(),
         "device": device_name(torch.device(arguments.device)),
         "torch": torch.__version__,
         "rounds": arguments.rounds,
@@ -65,10 +82,51 @@ def main(argv: list[str] | None = None) -> int:
         for entry in arguments.entries:
             cache = (arguments.cache or Path(temporary)).absolute()
             facts["entries"].append(measure(entry.resolve(), arguments.device, arguments.rounds, cache))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts))
+    if file := RESULTS if published else arguments.json:
+        write_atomically(file, json.dumps(facts, indent=2).encode() + b"\n")
+    print(text := page(facts))
+    if published:
+        write_region(PAGE, "benchmarks/extractor.py", text)
     return 0
+
+
+def page(facts: dict[str, Any]) -> str:
+    """The table, and what it was made by."""
+    found = {(e["entry"], r["row"], r["batch"]): r for e in facts["entries"] for r in e["rows"]}
+    lines = [
+        "| | | 1 image, ms | 32 images, ms | images/s | times, 1 image | times, 32 images | of the ceiling |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in dict.fromkeys((name, row) for name, row, _ in found):
+        one, many = found[name, row, 1], found[name, row, 32]
+        cells = (
+            f"`{name}`",
+            ROWS[row],
+            *(f"{of['ms']:,.0f}" if of["ms"] >= 100 else f"{of['ms']:.1f}" for of in (one, many)),
+            f"{many['images_per_s']:.1f}",
+            *(f"{of['times_torchscript']:.2f}" for of in (one, many)),
+            f"{many['of_ceiling'] * 100:.0f} %",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    ceilings = "; ".join(
+        f"`{e['entry']}` {e['matmul_gflop_per_s']['fp32']} in fp32, {e['matmul_gflop_per_s']['bf16']} in bf16"
+        for e in facts["entries"]
+    )
+    where = (
+        f"`PYTHONPATH=. python benchmarks/extractor.py` at commit {facts['commit']}, {facts['machine']}, "
+        f"PyTorch {facts['torch']}; medians of {facts['rounds']} rounds."
+    )
+    return "\n\n".join(("\n".join(lines), f"Ceilings, in GFLOP/s: {ceilings}.", missed(found), where))
+
+
+def missed(found: dict[tuple[str, str, int], dict[str, Any]]) -> str:
+    """Which aims, and by how much."""
+    lines = [
+        f"- `{name}`, {ROWS[row]}, {batch} image{'s' if batch > 1 else ''}: {of['times_torchscript']:.2f} times"
+        for (name, row, batch), of in found.items()
+        if of["times_torchscript"] < AIMS.get((row, batch), 0)
+    ]
+    return "\n".join(("Below its aim:\n", *lines)) if lines else "Every aim is met."
 
 
 def measure(directory: Path, device: str, rounds: int, cache: Path) -> dict[str, Any]:

@@ -1,37 +1,52 @@
-"""The whole service beside its own parts: in process, closed loop, open loop. Prints one JSON line last.
+"""The gateway: what it can do by itself, and the whole service beside its own parts.
 
-Starts prg-serve, sends photos of mixed sizes, one a request. Rows, all in one run on one machine:
-  in process   decoding and the model side by side in batches of 32, no HTTP
-  closed loop  so many callers, each sending its next photo when the last is answered
-  open loop    photos arrive at random (Poisson) at a share of the closed loop's rate, whether or not
-               earlier ones are answered; refusals are counted, latency is from the planned arrival
+limit        answers a second to callers who each wait for theirs, with a model that takes no time; the gateway has one
+             core (benchmarks/trust/overload.py)
+full batches an engine that takes 20 ms a batch of 32 and no core, several images a request
+in process   decoding and the model side by side in batches of 32, no HTTP; photos of mixed sizes
+closed loop  the service, so many callers, each sending its next photo when the last is answered
+open loop    photos arrive at random (Poisson) at a share of the closed loop's rate, whether or not earlier ones are
+             answered; latency is from the planned arrival
 
-python benchmarks/gateway.py [--seconds N] [--callers N] [--load SHARE]
+Without options its tables go into docs/performance.md and the figures into docs/results/gateway.json.
+
+PYTHONPATH=. python benchmarks/gateway.py [--entry ENTRY] [--seconds N] [--callers N] [--load SHARE]
 """
 
 import argparse
-import asyncio
-import contextlib
 import io
 import json
-import os
-import socket
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import httpx
 import numpy as np
 from PIL import Image
 
+from benchmarks.generator import Load, Measured, post
+from benchmarks.pages import commit, write_region
+from benchmarks.peers.engine import BATCH_S, MAX_BATCH, STAND_IN
+from benchmarks.peers.servers import SERVERS, Body, running
+from benchmarks.trust.overload import CALLERS, apart, coloured, limit_of
+from benchmarks.trust.rows import ENGINES, Absent
+from benchmarks.trust.stage import Gateway, machine, staged
+from entry.files import write_atomically
 from entry.images import load_image
 from entry.runner import Runner
-from prg.machine import device_name
+from tests.tiny import png
 
 SIZES = ((160, 120), (320, 240), (640, 480), (1280, 960), (1920, 1080))
+TOGETHER = 8
+"""Images a request."""
+CALLERS_TOGETHER = 32
+AIM = 0.95
+"""Of what the engine of 20 ms a batch can do."""
+PAGE = Path("docs/performance.md")
+RESULTS = Path("docs/results/gateway.json")
 
 
 def photos(count: int = 60) -> list[bytes]:
@@ -50,32 +65,36 @@ def photos(count: int = 60) -> list[bytes]:
     return files
 
 
-@contextlib.contextmanager
-def serving(repository: Path) -> Iterator[str]:
-    """prg-serve on a free port, ready; gives its address."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {"PRG_MODEL_REPOSITORY": str(repository), "PRG_PORT": str(port)}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "service.app"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health/ready").status_code == 200:
-                    break
-            time.sleep(0.1)
-        else:
-            raise SystemExit("the service did not become ready within 60 s")
-        yield url
-    finally:
-        server.terminate()
-        server.wait(30)
+def photos_to(port: int, files: list[bytes]) -> Load:
+    """These files, in turn."""
+    return Load(port, [post("/embed", "image/jpeg", file) for file in files])
+
+
+def limits() -> dict[str, float | None]:
+    """Answers a second by engine; None where it is not here."""
+    found: dict[str, float | None] = {}
+    for engine in ENGINES:
+        try:
+            with staged(engine) as stage, apart(stage):
+                found[engine] = round(limit_of(coloured(stage.gateway.port), slow=False))
+        except Absent:
+            found[engine] = None
+    return found
+
+
+def full_batches(entry: Path, seconds: float) -> dict[str, float]:
+    """Several images a request, with an engine that takes 20 ms a batch."""
+    server = replace(SERVERS[0], body=together)
+    with running(server, Path(sys.executable), entry, STAND_IN, [png()]) as (load, _):
+        measured = load.closed(CALLERS_TOGETHER, seconds)
+    rate, most = measured.rate * TOGETHER, MAX_BATCH / BATCH_S
+    return {"callers": CALLERS_TOGETHER, "images_per_s": round(rate, 1), "share": round(rate / most, 3)}
+
+
+def together(image: bytes) -> Body:
+    """One image several times, as a form."""
+    head = '--x\r\nContent-Disposition: form-data; name="files"; filename="image.png"\r\n\r\n'
+    return "multipart/form-data; boundary=x", (head.encode() + image + b"\r\n") * TOGETHER + b"--x--\r\n"
 
 
 def in_process(entry: Path, files: list[bytes], seconds: float) -> dict[str, float]:
@@ -83,6 +102,9 @@ def in_process(entry: Path, files: list[bytes], seconds: float) -> dict[str, flo
     runner = Runner(entry)
     spec, level = runner.entry.prg.image, runner.entry.prg.t_end
     levels = np.full(32, level, np.float32)
+    # TorchScript compiles in its first calls.
+    for _ in range(3):
+        runner.run(np.zeros((32, 3, spec.size, spec.size), np.uint8), levels)
     done = 0
     start = time.perf_counter()
     with ThreadPoolExecutor() as pool:
@@ -99,64 +121,65 @@ def in_process(entry: Path, files: list[bytes], seconds: float) -> dict[str, flo
     return {"images_per_s": round(done / (time.perf_counter() - start), 1)}
 
 
-async def closed_loop(url: str, files: list[bytes], seconds: float, callers: int) -> dict[str, float]:
-    """Each caller sends its next photo when the last is answered."""
-    latencies: list[float] = []
-    async with client(url) as http:
-        end = time.perf_counter() + seconds
-
-        async def caller(number: int) -> None:
-            i = number
-            while time.perf_counter() < end:
-                start = time.perf_counter()
-                response = await http.post("/embed", content=files[i % len(files)])
-                response.raise_for_status()
-                latencies.append(time.perf_counter() - start)
-                i += callers
-
-        start = time.perf_counter()
-        await asyncio.gather(*(caller(n) for n in range(callers)))
-        elapsed = time.perf_counter() - start
-    return {"callers": callers, "images_per_s": round(len(latencies) / elapsed, 1), **percentiles(latencies)}
+def served(entry: Path, files: list[bytes], arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The service in the closed and in the open loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        gateway = Gateway(Path(folder), {"model_repository": entry.parent, "models": entry.name})
+        try:
+            load = photos_to(gateway.start().port, files)
+            load.closed(arguments.callers, 2)
+            closed = load.closed(arguments.callers, arguments.seconds)
+            opened = load.opened(arguments.load * closed.rate, arguments.seconds)
+        finally:
+            gateway.stop()
+    return {"closed loop": figures(closed), "open loop": figures(opened)}
 
 
-async def open_loop(url: str, files: list[bytes], seconds: float, rate: float) -> dict[str, float]:
-    """Photos arrive at random at `rate` a second."""
-    rng = np.random.default_rng(1)
-    arrivals = np.cumsum(rng.exponential(1 / rate, int(seconds * rate)))
-    latencies: list[float] = []
-    refused = 0
-    async with client(url) as http:
-        begin = time.perf_counter()
-
-        async def one(i: int, due: float) -> None:
-            nonlocal refused
-            await asyncio.sleep(max(0, begin + due - time.perf_counter()))
-            response = await http.post("/embed", content=files[i % len(files)])
-            if response.status_code == 503:
-                refused += 1
-            else:
-                response.raise_for_status()
-                latencies.append(time.perf_counter() - begin - due)
-
-        await asyncio.gather(*(one(i, due) for i, due in enumerate(arrivals)))
-    return {"arrivals_per_s": round(rate, 1), "refused": refused, **percentiles(latencies)}
+def figures(measured: Measured) -> dict[str, float]:
+    """For JSON."""
+    percentiles = np.percentile([answer.latency_s * 1e3 for answer in measured.good], (50, 95, 99))
+    named = zip(("p50_ms", "p95_ms", "p99_ms"), percentiles, strict=True)
+    return {
+        "images_per_s": round(measured.rate, 1),
+        "failed": len(measured.answers) - len(measured.good),
+        **{name: round(float(value), 1) for name, value in named},
+    }
 
 
-def client(url: str) -> httpx.AsyncClient:
-    """A client without limits of its own."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    return httpx.AsyncClient(base_url=url, timeout=60, limits=limits, headers={"content-type": "image/jpeg"})
-
-
-def percentiles(latencies: list[float]) -> dict[str, float]:
-    """Milliseconds."""
-    values = np.percentile(np.array(latencies) * 1e3, (50, 95, 99))
-    return {name: round(float(v), 1) for name, v in zip(("p50_ms", "p95_ms", "p99_ms"), values, strict=True)}
+def page(facts: dict[str, Any], callers: int, share: float) -> str:
+    """The tables, and what they were made by."""
+    rows, together = facts["rows"], facts["full_batches"]
+    answers = ", ".join(
+        f"{engine} {'not here' if limit is None else f'{limit:,.0f}'}"
+        for engine, limit in facts["limits"].items()
+    )
+    lines = [
+        "| | images/s | p50 / p95 / p99, ms | failed |",
+        "|---|---|---|---|",
+        f"| in one process, without HTTP | {rows['in process']['images_per_s']:.1f} | | |",
+    ]
+    for name, title in (
+        ("closed loop", f"{callers} callers"),
+        ("open loop", f"arrivals at {share:g} of that rate"),
+    ):
+        row = rows[name]
+        latency = " / ".join(f"{row[key]:,.0f}" for key in ("p50_ms", "p95_ms", "p99_ms"))
+        lines.append(f"| {title} | {row['images_per_s']:.1f} | {latency} | {row['failed']} |")
+    return "\n\n".join(
+        (
+            f"By itself, answers a second by engine, {CALLERS[False]} callers: {answers}.",
+            f"An engine of {STAND_IN}, {TOGETHER} images a request, {together['callers']} callers: "
+            f"{together['images_per_s']:,.0f} images/s, {together['share'] * 100:.0f} % of what such an engine can do; "
+            f"the aim is {AIM * 100:.0f} %.",
+            f"The whole service, `{facts['entry']}`, {facts['photos']}, one a request:",
+            "\n".join(lines),
+            f"`PYTHONPATH=. python benchmarks/gateway.py` at commit {facts['commit']}, {facts['machine']}.",
+        )
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the three rows."""
+    """All of it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -166,27 +189,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--load", type=float, default=0.5, help="open loop: share of the closed loop's rate")
     arguments = parser.parse_args(argv)
     files = photos()
-    rows = {"in process": in_process(arguments.entry, files, arguments.seconds)}
-    with serving(arguments.entry.parent) as url:
-        asyncio.run(closed_loop(url, files, 2, arguments.callers))  # warm
-        rows["closed loop"] = asyncio.run(closed_loop(url, files, arguments.seconds, arguments.callers))
-        rate = arguments.load * rows["closed loop"]["images_per_s"]
-        rows["open loop"] = asyncio.run(open_loop(url, files, arguments.seconds, rate))
-    for name, row in rows.items():
-        print(f"{name:12}", "  ".join(f"{k} {v}" for k, v in row.items()))
-    share = round(rows["closed loop"]["images_per_s"] / rows["in process"]["images_per_s"], 3)
-    runner = Runner(arguments.entry)
     mean_kb = sum(map(len, files)) / len(files) / 1e3
+    small, large = ("{} × {}".format(*size) for size in (min(SIZES), max(SIZES)))
+    runner = Runner(arguments.entry)
     facts = {
-        "benchmark": "gateway",
+        "commit": commit(),
+        "machine": machine(),
         "entry": runner.entry.name,
         "fingerprint": runner.entry.fingerprints(runner.version).model,
-        "device": device_name(runner.device),
-        "photos": f"{len(files)} JPEGs, {min(SIZES)} to {max(SIZES)}, {mean_kb:.0f} kB on average",
-        "rows": rows,
-        "closed_loop_to_in_process": share,
+        "photos": f"JPEGs of {small} to {large}, {mean_kb:.0f} kB on average",
+        "limits": limits(),
+        "full_batches": full_batches(arguments.entry, arguments.seconds),
+        "rows": {
+            "in process": in_process(arguments.entry, files, arguments.seconds),
+            **served(arguments.entry, files, arguments),
+        },
     }
-    print(json.dumps(facts))
+    print(text := page(facts, arguments.callers, arguments.load))
+    if arguments == parser.parse_args([]):
+        write_atomically(RESULTS, json.dumps(facts, indent=1).encode() + b"\n")
+        write_region(PAGE, "benchmarks/gateway.py", text)
     return 0
 
 

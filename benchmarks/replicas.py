@@ -11,7 +11,6 @@ PYTHONPATH=. python benchmarks/replicas.py
 
 import asyncio
 import contextlib
-import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.trust.drain import DRAIN_S, nginx, rolling_restart
 from benchmarks.trust.load import load
-from benchmarks.trust.overload import Load
+from benchmarks.trust.overload import coloured
 from benchmarks.trust.rows import Absent, Row, main, rows_of
 from benchmarks.trust.stage import NO_TRITON, Gateway
 from tests.real_triton.server import TritonServer, find_server
@@ -113,9 +112,9 @@ def held_to(share: float, pid: int) -> Iterator[None]:
 async def throughput(gateways: int, tritons: int, callers: int, slow_ms: int, core_share: float) -> float:
     """Right answers a second, of callers who each wait for theirs."""
     async with cluster(gateways, tritons, slow_ms, core_share) as running:
-        callers_of = Load(int(running.url.rpartition(":")[2]))
+        callers_of = coloured(int(running.url.rpartition(":")[2]))
         callers_of.closed(callers, 3)
-        return callers_of.closed(callers, SECONDS)
+        return callers_of.closed(callers, SECONDS).rate
 
 
 def by_gateways(engine: str) -> list[Row]:
@@ -146,29 +145,24 @@ def by_tritons(engine: str) -> list[Row]:
 
 async def killed() -> list[Row]:
     """One of two gateways, then one of two Tritons."""
-    rows = []
     async with cluster(2, 2, SLOW_MS) as running:
-        gateway, triton = running.gateways[0], running.tritons[0]
-        async with load(running.url, CALLERS) as seen:
-            await asyncio.sleep(1)
-            gateway.signal(signal.SIGKILL)
-            await asyncio.to_thread(gateway.process.wait)
-            await asyncio.sleep(2)
-            gateway.start(wait=False)
-            await asyncio.to_thread(gateway.wait_ready)
-            await asyncio.sleep(1)
-        done = f"one of two gateways killed (-9) and started again, {CALLERS} callers, {SLOW_MS} ms a batch"
-        rows.append(Row("gateway killed", done, seen.summary(), "all right", not seen.bad()))
-        async with load(running.url, CALLERS) as seen:
-            await asyncio.sleep(1)
-            await asyncio.to_thread(triton.kill)
-            await asyncio.sleep(2)
-            triton.start(wait=False)
-            await asyncio.to_thread(triton.wait_ready)
-            await asyncio.sleep(1)
-        done = f"one of two Tritons killed (-9) and started again, {CALLERS} callers, {SLOW_MS} ms a batch"
-        rows.append(Row("Triton killed", done, seen.summary(), "all right", not seen.bad()))
-    return rows
+        return [
+            await killed_under_load(running.url, "gateway", running.gateways[0]),
+            await killed_under_load(running.url, "Triton", running.tritons[0]),
+        ]
+
+
+async def killed_under_load(url: str, name: str, one: Gateway | TritonServer) -> Row:
+    """Killed, and started again."""
+    async with load(url, CALLERS) as seen:
+        await asyncio.sleep(1)
+        await asyncio.to_thread(one.kill)
+        await asyncio.sleep(2)
+        one.start(wait=False)
+        await asyncio.to_thread(one.wait_ready)
+        await asyncio.sleep(1)
+    done = f"one of two {name}s killed (-9) and started again, {CALLERS} callers, {SLOW_MS} ms a batch"
+    return Row(f"{name} killed", done, seen.summary(), "all right", not seen.bad())
 
 
 async def restarted() -> list[Row]:

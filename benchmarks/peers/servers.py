@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,19 +12,21 @@ import time
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.peers.load import Load
+from benchmarks.generator import Load, post
 from benchmarks.trust.stage import family
 from tests.real_triton.server import free_ports
 
 ENVIRONMENTS = Path(".venv-peers")
-PINNED = ("torch", "numpy", "pillow", "tritonclient")
-SHARED = ("grpcio", "protobuf", "pydantic")
-"""What reading an entry and decoding need beside those; in versions that suit the peer."""
+PINNED = ("torch", "numpy", "pillow", "tritonclient[grpc]")
+"""In the versions of this environment, and PyTorch in its build."""
+SHARED = ("pydantic",)
+"""What reading an entry needs beside those; in a version that suits the peer."""
 START_S = 90.0
 WARM_CALLERS = 64
 
@@ -105,27 +108,24 @@ def environment(server: Server) -> Path | None:
         return Path(sys.executable)
     folder = (ENVIRONMENTS / server.name.replace(" ", "-").lower()).absolute()
     python, done = folder / "bin" / "python", folder / "installed"
-    wanted = " ".join(server.packages)
-    if done.exists() and done.read_text() == wanted:
+    torch, *pinned = (f"{name}=={version(name.partition('[')[0])}" for name in PINNED)
+    wanted = [torch, *pinned, *SHARED, *server.packages]
+    if done.exists() and done.read_text().split() == wanted:
         return python
-    print(f"installing {wanted} ...", file=sys.stderr)
+    print(f"installing {' '.join(server.packages)} ...", file=sys.stderr)
     venv.create(folder, with_pip=True, clear=True)
-    known = Path("constraints.txt").read_text().splitlines()
-    torch, *pinned = (next(line for line in known if line.startswith(f"{name}==")) for name in PINNED)
-    # By itself and before what depends on it, which would choose another build.
-    for packages in ([torch], [*pinned, *SHARED, *server.packages]):
-        if subprocess.run([python, "-m", "pip", "install", "-q", *packages]).returncode:
-            print(f"{server.label} is skipped: it could not be installed", file=sys.stderr)
-            return None
-    done.write_text(wanted)
+    index = f"https://download.pytorch.org/whl/{torch.partition('+')[2]}"
+    # By itself and before what depends on it, which would choose another build: one that pip knows of, or the index's.
+    if not (pip(python, torch) or pip(python, torch, "--index-url", index)) or not pip(python, *wanted):
+        print(f"{server.label} is skipped: it could not be installed", file=sys.stderr)
+        return None
+    done.write_text(" ".join(wanted))
     return python
 
 
-def request(server: Server, png: bytes) -> bytes:
-    """Of HTTP, as it goes over the wire."""
-    kind, body = server.body(png)
-    head = f"POST {server.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+def pip(python: Path, *arguments: str) -> bool:
+    """Install these."""
+    return not subprocess.run([python, "-m", "pip", "install", "-q", *arguments]).returncode
 
 
 @contextlib.contextmanager
@@ -140,10 +140,10 @@ def running(
         process = subprocess.Popen(
             command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True
         )
-        load = Load(port, [request(server, png) for png in pngs])
+        load = Load(port, [post(server.path, *server.body(png)) for png in pngs])
         try:
             until = time.monotonic() + START_S
-            while not answers(load):
+            while not answers(port, load):
                 if process.poll() is not None or time.monotonic() > until:
                     log.seek(0)
                     raise SystemExit(f"{server.name} does not answer: {log.read()[-3000:].decode()}")
@@ -156,16 +156,20 @@ def running(
             process.wait()
 
 
-def answers(load: Load) -> bool:
+def answers(port: int, load: Load) -> bool:
     """Whether it answers one caller."""
-    with contextlib.suppress(OSError):
-        return any(answer.status == 200 for answer in load.closed(1, 0.1).answers)
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return bool(load.closed(1, 0.1).good)
     return False
 
 
 def end(pid: int) -> None:
     """A process and all that it started, which may be in sessions of their own."""
-    processes = family(pid)
+    try:
+        processes = family(pid)
+    except psutil.NoSuchProcess:
+        # It ended by itself.
+        return
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

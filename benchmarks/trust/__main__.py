@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -11,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from benchmarks.pages import commit, write_region
 from benchmarks.trust import corpus, drain, faults, fuzz, overload, slow
 from benchmarks.trust.rows import ENGINES, Row, rows_of, table
 from benchmarks.trust.stage import machine
@@ -23,7 +22,6 @@ PARTS: dict[ModuleType, tuple[str, ...]] = {
 """Part -> the engines that it runs against."""
 PAGE = Path("docs/reliability.md")
 RESULTS = Path("docs/results/trust.json")
-PLACE = re.compile(r"(?<=<!-- make trust writes what follows -->\n).*?(?=<!-- to here -->)", re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             "rows": [{"engine": engine, **asdict(row)} for engine, row in rows],
         }
         write_atomically(RESULTS, json.dumps(parts, indent=1).encode() + b"\n")
-        text = PLACE.sub(lambda _: f"\n{page(parts)}\n\n", PAGE.read_text("utf-8"))
-        write_atomically(PAGE, text.encode())
+        write_region(PAGE, "make trust", page(parts))
     return int(not passed)
 
 
@@ -63,12 +60,6 @@ def page(parts: dict[str, Any]) -> str:
             f"{name} ({part['minutes']:.0f} min)"
         )
     return "\n\n".join([table(rows), *(f"{', '.join(names)} {where}." for where, names in ran.items())])
-
-
-def commit() -> str:
-    """The one that is checked out; with a + where the tree differs."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

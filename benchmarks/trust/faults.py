@@ -5,7 +5,6 @@ embedded  the service itself is killed (-9) and restarted; then a new version wh
 """
 
 import asyncio
-import signal
 import sys
 import time
 
@@ -94,8 +93,7 @@ async def of_the_service() -> list[Row]:
         gateway, recoveries = stage.gateway, []
         async with load(gateway.url, CALLERS) as seen:
             await asyncio.sleep(1)
-            gateway.signal(signal.SIGKILL)
-            gateway.process.wait()
+            gateway.kill()
             await asyncio.sleep(AWAY_S)
             gateway.start(wait=False)
             await asyncio.to_thread(gateway.wait_ready)

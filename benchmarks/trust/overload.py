@@ -12,20 +12,16 @@ the engine is.
 
 import json
 import os
-import select
-import socket
-import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.generator import Answer, Load, Measured, post
 from benchmarks.trust.rows import Absent, Row, main
 from benchmarks.trust.stage import Stage, staged
 from tests.tiny import png
@@ -43,173 +39,32 @@ COLOURS = 64
 LATE_S = 0.05
 IN_TIME_S = 2.0
 """An answer counts that comes within this time of its planned arrival."""
-PATIENCE_S = 30.0
-"""How long after the last arrival answers are waited for."""
 
 
-class Answer(NamedTuple):
-    """What came of an image."""
-
-    colour: int
-    latency_s: float
-    body: bytes
+def colours() -> np.ndarray:
+    """Of the images that are sent."""
+    return np.random.default_rng(0).integers(0, 256, (COLOURS, 3))
 
 
-@dataclass
-class Tally:
-    """What became of the requests of one row."""
-
-    sent: int = 0
-    answers: list[Answer] = field(default_factory=list)
-    statuses: Counter[int] = field(default_factory=Counter)
-    wrong: int = 0
-    broken: int = 0
-    """Their connection ended before the answer."""
-    no_retry_after: int = 0
-    late: list[float] = field(default_factory=list)
-    most_connections: int = 0
-
-    @property
-    def waiting(self) -> int:
-        """How many are neither answered nor broken."""
-        return self.sent - self.statuses.total() - self.broken
-
-    def facts(self) -> dict[str, object]:
-        """Counts, for whoever watches."""
-        facts = {"sent": self.sent, "statuses": self.statuses, "broken": self.broken, "wrong": self.wrong}
-        return facts | {"connections": self.most_connections, "no_retry_after": self.no_retry_after}
+def coloured(port: int) -> Load:
+    """Images of these colours, in turn."""
+    images = [png(tuple(int(c) for c in colour)) for colour in colours()]
+    return Load(port, [post("/embed", "image/png", image) for image in images])
 
 
-class Line:
-    """A connection: one request at a time."""
-
-    __slots__ = ("buffer", "colour", "due", "socket")
-
-    def __init__(self, connection: socket.socket, colour: int, due: float) -> None:
-        self.socket = connection
-        self.colour, self.due = colour, due
-        """Of the image that waits for its answer, -1 if none does; and when it was to be sent."""
-        self.buffer = b""
+def wrong(answers: list[Answer]) -> int:
+    """How many are not of their own image."""
+    found = [json.loads(answer.body)["data"][0]["embedding"][:3] for answer in answers]
+    own = colours()[[answer.request for answer in answers]] / 255
+    return int((~np.isclose(np.array(found), own, atol=1e-3).all(1)).sum()) if answers else 0
 
 
-class Load:
-    """Requests to one address, by one thread that does nothing else."""
-
-    def __init__(self, port: int) -> None:
-        self._address = ("127.0.0.1", port)
-        rng = np.random.default_rng(0)
-        self.colours = rng.integers(0, 256, (COLOURS, 3))
-        self._requests = []
-        for colour in self.colours:
-            body = png(tuple(int(c) for c in colour))
-            head = (
-                f"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {len(body)}"
-            )
-            self._requests.append(head.encode() + b"\r\n\r\n" + body)
-        self._lines: dict[int, Line] = {}
-        self._free: list[Line] = []
-        self._poll = select.epoll()
-        self._tally = Tally()
-
-    def closed(self, callers: int, seconds: float) -> float:
-        """Answers a second to so many callers who each wait for theirs."""
-        self._tally = tally = Tally()
-        begin = time.perf_counter()
-        for number in range(callers):
-            self._send(number % COLOURS, begin)
-        while (now := time.perf_counter()) < begin + seconds:
-            self._read(0.1)
-            while self._free:
-                self._send(tally.sent % COLOURS, now)
-        self.close()
-        return len(tally.answers) / seconds
-
-    def arrivals(self, rate: float, seconds: float, watch: Callable[[], None]) -> Tally:
-        """Requests at random, so many a second; `watch` is called every quarter of a second."""
-        self._tally = tally = Tally()
-        gaps = np.random.default_rng(1).exponential(1 / rate, int(rate * seconds))
-        times = np.cumsum(gaps).tolist()
-        begin = time.perf_counter()
-        until, watched = begin + times[-1] + PATIENCE_S, begin
-        sent = 0
-        while (now := time.perf_counter()) < until and (sent < len(times) or tally.waiting):
-            while sent < len(times) and begin + times[sent] <= now:
-                tally.late.append(now - begin - times[sent])
-                self._send(sent % COLOURS, begin + times[sent])
-                sent += 1
-                if sent % 16 == 0:
-                    break
-            self._read(0.0 if sent < len(times) and begin + times[sent] <= now else 0.001)
-            if now > watched + 0.25:
-                watch()
-                watched = now
-        for line in [line for line in self._lines.values() if line.colour >= 0]:
-            self._drop(line)
-        for answer in tally.answers:
-            found = json.loads(answer.body)["data"][0]["embedding"][:3]
-            tally.wrong += not np.allclose(found, self.colours[answer.colour] / 255, atol=1e-3)
-        return tally
-
-    def close(self) -> None:
-        """Close all connections."""
-        for line in list(self._lines.values()):
-            self._drop(line)
-
-    def _send(self, colour: int, due: float) -> None:
-        """On a connection that waits for none, or on a new one."""
-        self._tally.sent += 1
-        if self._free:
-            line = self._free.pop()
-            line.colour, line.due = colour, due
-            line.socket.send(self._requests[colour])
-            return
-        connection = socket.socket()
-        connection.setblocking(False)
-        # Closed without a TIME_WAIT, which would keep its port from the next ones.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.connect_ex(self._address)
-        self._lines[connection.fileno()] = Line(connection, colour, due)
-        self._poll.register(connection.fileno(), select.EPOLLOUT)
-        self._tally.most_connections = max(self._tally.most_connections, len(self._lines))
-
-    def _read(self, wait_s: float) -> None:
-        for number, event in self._poll.poll(wait_s):
-            line = self._lines[number]
-            try:
-                if event & select.EPOLLOUT:
-                    line.socket.send(self._requests[line.colour])
-                    self._poll.modify(number, select.EPOLLIN)
-                elif data := line.socket.recv(1 << 16):
-                    line.buffer += data
-                    self._answered(line)
-                else:
-                    self._drop(line)
-            except OSError:
-                self._drop(line)
-
-    def _answered(self, line: Line) -> None:
-        head, found, body = line.buffer.partition(b"\r\n\r\n")
-        head = head.lower()
-        if not found or len(body) < int(head.partition(b"content-length: ")[2].partition(b"\r")[0]):
-            return
-        tally, status = self._tally, int(head[9:12])
-        tally.statuses[status] += 1
-        if status == 200:
-            tally.answers.append(Answer(line.colour, time.perf_counter() - line.due, body))
-        else:
-            tally.no_retry_after += status in (429, 503) and b"\r\nretry-after: " not in head
-        line.buffer, line.colour = b"", -1
-        if b"\r\nconnection: close" in head:
-            self._drop(line)
-        else:
-            self._free.append(line)
-
-    def _drop(self, line: Line) -> None:
-        self._tally.broken += line.colour >= 0
-        if line.colour < 0 and line in self._free:
-            self._free.remove(line)
-        del self._lines[line.socket.fileno()]
-        line.socket.close()
+def limit_of(load: Load, slow: bool) -> float:
+    """Answers a second to callers who each wait for theirs."""
+    load.closed(CALLERS[slow], 1)
+    rate = load.closed(CALLERS[slow], SECONDS).rate
+    load.close()
+    return rate
 
 
 def resident_mb(pid: int) -> float:
@@ -220,29 +75,30 @@ def resident_mb(pid: int) -> float:
 
 def measure(port: int, pid: int, slow: bool) -> list[Row]:
     """All rows against a running service."""
-    load = Load(port)
-    load.closed(CALLERS[slow], 2)
-    limit = load.closed(CALLERS[slow], SECONDS)
+    load = coloured(port)
+    limit = limit_of(load, slow)
     idle, usual = resident_mb(pid), 0.0
     rows: list[Row] = []
     for factor, wanted in FACTORS.items():
         memory = [idle]
-        tally = load.arrivals(factor * limit, SECONDS, lambda: memory.append(resident_mb(pid)))  # noqa: B023
+        measured = load.opened(factor * limit, SECONDS, 0.0, lambda: memory.append(resident_mb(pid)))  # noqa: B023
         begun = time.perf_counter()
-        while load.arrivals(20, 0.5, lambda: None).statuses.keys() != {200}:
+        while any(answer.status != 200 for answer in load.opened(20, 0.5, 0.0).answers):
             pass
         recovery = time.perf_counter() - begun - 0.5
         load.close()
-        goodput = sum(answer.latency_s <= IN_TIME_S for answer in tally.answers) / SECONDS
+        goodput = sum(answer.latency_s <= IN_TIME_S for answer in measured.good) / SECONDS
         usual = usual or goodput
         bound = WHERE_SLOW if slow else wanted
-        rows.append(row(tally, factor, limit, goodput, goodput / usual, bound, max(memory) - idle, recovery))
-        print(json.dumps({"factor": factor, **tally.facts()}), file=sys.stderr)
+        more_mb = max(memory) - idle
+        rows.append(row(measured, factor, limit, goodput, goodput / usual, bound, more_mb, recovery))
+        statuses = Counter(answer.status for answer in measured.answers)
+        print(json.dumps({"factor": factor, "statuses": statuses}), file=sys.stderr)
     return rows
 
 
 def row(
-    tally: Tally,
+    measured: Measured,
     factor: float,
     limit: float,
     goodput: float,
@@ -252,22 +108,24 @@ def row(
     recovery_s: float,
 ) -> Row:
     """What one load came to."""
-    late = float(np.percentile(tally.late, 99))
-    p50, p99 = np.percentile([a.latency_s for a in tally.answers] or [0.0], (50, 99))
-    refused = sum(count for status, count in tally.statuses.items() if status in (429, 503))
-    strange = tally.sent - len(tally.answers) - refused
+    p50, p99 = np.percentile([answer.latency_s for answer in measured.good] or [0.0], (50, 99))
+    refused = [answer for answer in measured.answers if answer.status in (429, 503)]
+    strange = len(measured.answers) - len(measured.good) - len(refused)
+    no_retry_after = any(b"\r\nretry-after: " not in answer.head for answer in refused)
+    mistaken = wrong(measured.good)
     figure = (
         f"goodput {goodput:.0f}/s, {share * 100:.0f} %, p50 {p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms, "
-        f"{tally.wrong} wrong, "
+        f"{mistaken} wrong, "
         f"{strange} neither answered nor refused, {more_mb:+.0f} MB, as before after {recovery_s:.1f} s"
     )
     good = share >= wanted and p99 <= IN_TIME_S and more_mb <= MOST_MB and recovery_s <= IN_TIME_S
-    clean = not (tally.wrong or strange or tally.no_retry_after)
-    if late > LATE_S:
-        figure = f"void: the generator was late by {late * 1e3:.0f} ms; {figure}"
+    clean = not (mistaken or strange or no_retry_after)
+    late = measured.late_s > LATE_S
+    if late:
+        figure = f"void: the generator was late by {measured.late_s * 1e3:.0f} ms; {figure}"
     done = f"{factor:g} times its limit of {limit:.0f} images/s, {SECONDS:g} s"
     bounds = f"goodput {wanted * 100:.0f} %, p99 2 s, none wrong or lost, {MOST_MB} MB, 2 s"
-    return Row("overload", done, figure, bounds, None if late > LATE_S else bool(good and clean))
+    return Row("overload", done, figure, bounds, None if late else bool(good and clean))
 
 
 @contextmanager

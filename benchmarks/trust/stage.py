@@ -123,6 +123,11 @@ class Gateway:
             sum(process.num_threads() for process in all_of_it),
         )
 
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
     def stop(self) -> None:
         """End it, whatever it takes."""
         if self._process is not None and self._process.poll() is None:
@@ -130,8 +135,7 @@ class Gateway:
             try:
                 self._process.wait(60)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                self.kill()
 
 
 @dataclass
