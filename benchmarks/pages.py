@@ -17,6 +17,10 @@ def write_region(page: Path, name: str, text: str) -> None:
 
 
 def commit() -> str:
-    """The one that is checked out; with a + where the tree differs."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    """The one that is checked out; with a + where the tree differs, but for docs/, into which figures are written."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True)
+
+    name = git("describe", "--always", "--exclude=*").stdout.strip() or "unknown"
+    return name + "+" * bool(git("diff", "--quiet", "HEAD", "--", ".", ":!docs").returncode)

@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, nargs="+", help="these parts; the others' figures stay")
     arguments = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    # Before the first part is written: the tree then differs.
     at = commit()
     for name in arguments.only or PARTS:
         print(f"{name} ...", file=sys.stderr, flush=True)
