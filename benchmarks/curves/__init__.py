@@ -1,0 +1,1 @@
+"""Cost curves: what speed, memory and start-up depend on."""
