@@ -89,8 +89,8 @@ SERVERS = (
     ),
     Server(
         "MLServer",
-        ("mlserver==1.7.1", "uvloop==0.21.0"),
         # Its worker does not start under a newer uvloop.
+        ("mlserver==1.7.1", "uvloop==0.21.0"),
         "benchmarks.peers.on_mlserver",
         "/v2/models/embed/infer",
         v2,
