@@ -14,7 +14,7 @@ ROWS = 1 << 16
 """Of a shard, at most."""
 BATCH = 64
 BUFFER = 64 << 20
-"""Bytes that are read before they are asked for; Lance would take 2 GiB."""
+"""Bytes that are read before they are asked for, about."""
 
 
 def is_lance(source: str) -> bool:
