@@ -9,7 +9,7 @@ from entry.config import Accuracy, Entry, EntryError, read_entry, write_entry
 from entry.runner import Runner
 from prg.console import track
 from prg.export import BY_CLASS, write_card
-from prg.images.sets import Images, same_classes
+from prg.images.sets import Images, Pixels, same_classes
 from prg.machine import choose_device
 
 BATCH = 64
@@ -92,7 +92,7 @@ def evaluate(
     return Evaluation(runner.entry, runner.version, accuracy, confusion, reliability(served, images.labels))
 
 
-def classify(runner: Runner, pixels: np.ndarray, t_end: float) -> np.ndarray:
+def classify(runner: Runner, pixels: Pixels, t_end: float) -> np.ndarray:
     """Logits float32 [N, K] of pixels uint8 [N, 3, S, S]."""
     parts = []
     with track(f"evaluating {runner.entry.name}", len(pixels)) as bar:

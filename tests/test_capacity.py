@@ -1,11 +1,13 @@
-"""benchmarks/capacity.py: the simulation agrees with queueing theory, and docs/scaling.md has its tables."""
+"""benchmarks/capacity: the simulation agrees with queueing theory, and docs/scaling.md has its tables."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.capacity import TIMES, Site, Times, assumed_by, main, parser, simulate, tables
+from benchmarks.capacity.__main__ import TIMES, assumed_by, main, parser
+from benchmarks.capacity.simulate import Site, Times, simulate
+from benchmarks.capacity.tables import tables
 
 ROOT = Path(__file__).parents[1]
 

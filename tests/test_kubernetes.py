@@ -327,3 +327,24 @@ def test_the_training_job() -> None:
     assert all(str(path).startswith(f"{folder}/") for path in (chosen.run, chosen.data))
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert container["image"] == f"prg-trainer:{version}"
+
+
+def test_the_embedding_job() -> None:
+    """It is valid, prg takes its words, and each of its pods does another part."""
+    schemas = pytest.importorskip("kubernetes_validate")
+    job = yaml.safe_load((KUBERNETES / "embedding" / "job.yaml").read_text("utf-8"))
+    for version in VERSIONS:
+        schemas.validate(job, version, strict=True)
+    assert job["spec"]["completionMode"] == "Indexed"
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["command"] == ["prg"]
+    for index in range(job["spec"]["completions"]):
+        words = [word.replace("$(JOB_COMPLETION_INDEX)", str(index)) for word in container["args"]]
+        chosen = prg_parser().parse_args(words)
+        assert chosen.shard == (index, job["spec"]["completions"])
+    [shared] = [volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+    [folder] = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == shared]
+    assert all(str(path).startswith(f"{folder}/") for path in (*chosen.sources, chosen.entry, chosen.out))
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert container["image"] == f"prg-trainer:{version}"

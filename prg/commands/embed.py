@@ -32,8 +32,8 @@ def add(commands: Commands) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="folders (all levels of them), files, patterns in quotes, parquet with images, WebDataset .tar; also as "
-        "URLs, such as s3://bucket/photos/",
+        help="folders (all levels of them), files, patterns in quotes, parquet with images, WebDataset .tar, "
+        "a Lance dataset; also as URLs, such as s3://bucket/photos/",
     )
     sub.add_argument(
         "--out", required=True, help="a folder (or its URL), NAME.parquet, or NAME.npy with NAME.jsonl"

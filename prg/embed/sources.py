@@ -1,4 +1,4 @@
-"""The images that are named to `prg embed`: folders, patterns, files and archives; here or behind URLs."""
+"""The images named to `prg embed`: folders, patterns, files, archives, Lance datasets; here or behind URLs."""
 
 import glob
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 from entry.errors import ImageError
 from entry.files import is_hidden
 from prg.embed.archives import ARCHIVES, Archive, Item, display, is_archive, open_archive
+from prg.embed.lance import SUFFIX, is_lance, open_lance
 from prg.embed.stores import file_system, is_url
 from prg.errors import DataError
 from prg.images.walk import SUFFIXES, all_files, is_image, other_files
@@ -50,18 +51,30 @@ def find(sources: Iterable[str], image_column: str = "", out: str = "") -> Found
     """
     found, listing = Found(), hashlib.sha256()
     places: dict[str, None] = {}
+    datasets: dict[str, list[Archive]] = {}
     for source in sources:
+        if is_lance(source):
+            datasets[source], mark = open_lance(source, image_column)
+            places[source] = None
+            listing.update(f"{source.rstrip('/')}|{mark}\n".encode())
+            continue
         marks = _remote(source) if is_url(source) else _local(source, found.skipped)
         marks = {place: mark for place, mark in marks.items() if not _lies_in(place, out)}
         if not marks:
             raise DataError(
-                f"{source}: no images there (files ending in {', '.join(SUFFIXES)}, or in {', '.join(ARCHIVES)})"
+                f"{source}: no images there (files ending in {', '.join(SUFFIXES)}, or in {', '.join(ARCHIVES)}; "
+                f"a Lance dataset, {SUFFIX}, is named by itself)"
             )
         for place, mark in marks.items():
             places[place] = None
             listing.update(f"{display(place)}|{mark}\n".encode())
-    found.files = [place for place in places if not is_archive(place)]
-    found.archives = [open_archive(place, image_column) for place in places if is_archive(place)]
+    for place in places:
+        if place in datasets:
+            found.archives += datasets[place]
+        elif is_archive(place):
+            found.archives.append(open_archive(place, image_column))
+        else:
+            found.files.append(place)
     found.listing = listing.hexdigest()
     strange = [place for place in found.files if display(place) != place]
     if strange and (equal := {display(place) for place in strange} & set(found.files)):

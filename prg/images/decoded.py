@@ -24,8 +24,6 @@ from prg.images.source import Row, Source
 
 LIMITS = Limits(max_bytes=1 << 30, max_pixels=500_000_000)
 """A user's own files are trusted further than strangers' uploads."""
-MAPPED_BYTES = 4 << 30
-"""Larger sets are mapped from the disk instead of read into memory."""
 ROW = [("label", np.int64), ("key", np.uint64)]
 
 
@@ -89,7 +87,8 @@ class Decoding:
             finally:
                 for part in found:
                     part.remove()
-        pixels = np.load(pixels_path, mmap_mode="r" if pixels_path.stat().st_size > MAPPED_BYTES else None)
+        # Mapped: the processes of a machine share what the system has read. (By "r" PyTorch would warn of each batch.)
+        pixels = np.load(pixels_path, mmap_mode="c")
         rows = np.load(rows_path)
         labels = rows["label"].astype(np.int64) if self.source.classes else None
         return Images(pixels, labels, self.source.classes, rows["key"].copy(), self.source.why_unlabelled)

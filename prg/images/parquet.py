@@ -132,13 +132,13 @@ def cell_bytes(cell: Any, folder: Path | None, where: str) -> bytes:
     if content or not path:
         return content or b""
     if folder is None:
-        raise DataError(f"{where}: holds no bytes, but the path {path}; write the images into the parquet")
+        raise DataError(f"{where}: holds no bytes, but the path {path}; write the images into the column")
     try:
         return (folder / path).read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(
             f"{where}: holds no bytes, but the path {folder / path}, which can't be read "
-            f"({getattr(error, 'strerror', None) or error}); put the file there, or write the images into the parquet"
+            f"({getattr(error, 'strerror', None) or error}); put the file there, or write the images into the column"
         ) from None
 
 

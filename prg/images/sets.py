@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,11 +14,32 @@ KEPT = 64
 """Keys of images trained on that a model keeps, by which they are known again elsewhere."""
 
 
+class Pixels(Protocol):
+    """uint8 [N, 3, S, S]: an array, in memory or mapped from the disk, or some rows of one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Rows of pixels that stay where they are; what is asked for is copied."""
+
+    whole: Pixels
+    index: np.ndarray  # int [M]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.whole[self.index[rows]]
+
+
 @dataclass(frozen=True)
 class Images:
     """Decoded images, a row each."""
 
-    pixels: np.ndarray  # uint8 [N, 3, S, S], may be memory-mapped
+    pixels: Pixels
     labels: np.ndarray | None  # int64 [N]
     classes: tuple[str, ...]
     """Names by label; empty without labels."""
@@ -30,9 +52,9 @@ class Images:
         return len(self.pixels)
 
     def subset(self, index: np.ndarray) -> "Images":
-        """The images at `index`, copied into memory."""
+        """The images at `index`; their pixels are read when they are used."""
         labels = None if self.labels is None else self.labels[index]
-        return replace(self, pixels=self.pixels[index], labels=labels, keys=self.keys[index])
+        return replace(self, pixels=Picked(self.pixels, index), labels=labels, keys=self.keys[index])
 
     def unlabelled(self) -> "Images":
         """The same images without their labels."""

@@ -7,7 +7,7 @@ import numpy as np
 from prg.console import Bar, track
 from prg.errors import DataError
 from prg.images.material import Material
-from prg.images.sets import same_classes, sample
+from prg.images.sets import Pixels, same_classes, sample
 from prg.studies.corruptions import CORRUPTIONS, PUBLISHED, SEVERITIES, corrupted
 from prg.studies.probes import top1
 from prg.studies.report import Cell, Draw, Report, draw_axes
@@ -28,7 +28,7 @@ def robustness(subject: Subject, material: Material, split: str, limit: int | No
     images = same_classes(sample(images, limit), subject.prg.labels or (), material.source)
     assert images.labels is not None
 
-    def accuracy(pixels: np.ndarray, bar: Bar) -> float:
+    def accuracy(pixels: Pixels, bar: Bar) -> float:
         logits = subject.features(pixels, level, subject.own, bar)["LOGITS"]
         assert images.labels is not None
         return top1(logits, images.labels)
@@ -39,7 +39,7 @@ def robustness(subject: Subject, material: Material, split: str, limit: int | No
     with track(f"{subject.name}: robustness", total, "evaluations") as bar:
         clean = accuracy(images.pixels, bar)
         for corruption, row in CORRUPTIONS.items():
-            found = [accuracy(corrupted(images.pixels, corruption, s), bar) for s in SEVERITIES]
+            found = [accuracy(corrupted(images.pixels[:], corruption, s), bar) for s in SEVERITIES]
             rows.append((corruption, row.group, *found, float(np.mean(found))))
     means = [float(np.mean([r[i] for r in rows])) for i in range(2, len(COLUMNS))]
     rows.append((f"all {len(rows)}", "", *means))

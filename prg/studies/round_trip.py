@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from prg.images.material import Material
-from prg.images.sets import sample
+from prg.images.sets import Pixels, sample
 from prg.studies.report import Cell, Draw, Report, draw_axes
 from prg.studies.subject import BATCH, Solve, Subject
 from prg.training.figures import save_grid
@@ -53,7 +53,7 @@ def _there_and_back(subject: Subject, x: Tensor, level: float, solve: Solve) -> 
     return subject.flow(subject.flow(x, 1.0, level, solve), level, 1.0, solve)
 
 
-def _error(subject: Subject, pixels: np.ndarray, level: float, solve: Solve) -> tuple[float, float]:
+def _error(subject: Subject, pixels: Pixels, level: float, solve: Solve) -> tuple[float, float]:
     """Relative error and PSNR, means over the images."""
     errors, psnrs = [], []
     for start in range(0, len(pixels), BATCH):

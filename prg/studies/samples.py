@@ -6,7 +6,7 @@ import torch
 from prg.console import track
 from prg.errors import DataError
 from prg.images.material import Material
-from prg.images.sets import sample
+from prg.images.sets import Pixels, sample
 from prg.studies.report import Cell, Draw, Report
 from prg.studies.subject import BATCH, Solve, Subject
 from prg.training.figures import save_grid
@@ -86,7 +86,7 @@ def generate(subject: Subject, count: int, solve: Solve, seed: int = 0) -> np.nd
     return np.concatenate(parts)
 
 
-def _features(judge: Subject, pixels: np.ndarray, compared: str) -> np.ndarray:
+def _features(judge: Subject, pixels: Pixels, compared: str) -> np.ndarray:
     level, solve = judge.prg.t_end, judge.own
     with track(
         f"features by {judge.name}", len(pixels) * judge.evaluations(level, solve), "evaluations"

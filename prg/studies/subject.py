@@ -14,6 +14,7 @@ from prg.console import Bar
 from prg.encoder import pooled_state
 from prg.extractor import outputs
 from prg.images.augmentation import normalise
+from prg.images.sets import Pixels
 from prg.machine import choose_device
 from prg.paths import PATHS
 from prg.solver import TABLEAUS, integrate
@@ -95,7 +96,7 @@ class Subject:
         """Of the network, for one image's features: those of the solve, and one for the activations."""
         return 1 + (solve.nfe if t_end < self.t_start else 0)
 
-    def features(self, pixels: np.ndarray, t_end: float, solve: Solve, bar: Bar) -> dict[str, np.ndarray]:
+    def features(self, pixels: Pixels, t_end: float, solve: Solve, bar: Bar) -> dict[str, np.ndarray]:
         """The entry's outputs by name, float32 [N, D], for pixels uint8 [N, 3, S, S] reversed to t_end by `solve`.
 
         `bar` counts network evaluations.

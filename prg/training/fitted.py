@@ -15,7 +15,7 @@ from prg.errors import FittingError
 from prg.extractor import Projection
 from prg.fitting import calibrate, fit_projection
 from prg.images.augmentation import normalise
-from prg.images.sets import Images, sample_evenly
+from prg.images.sets import Images, Pixels, sample_evenly
 from prg.recipe import Recipe
 
 BATCH = 128
@@ -84,7 +84,7 @@ def labels_of(images: Images, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def features(
-    encoder: Encoder, image: ImageSpec, pixels: np.ndarray, level: float, title: str, mirrored: bool = False
+    encoder: Encoder, image: ImageSpec, pixels: Pixels, level: float, title: str, mirrored: bool = False
 ) -> tuple[Tensor, Tensor]:
     """STATE [N, 768] and HIDDEN [N, D_h] of pixels uint8 [N, 3, S, S], on the encoder's device."""
     device = next(encoder.parameters()).device

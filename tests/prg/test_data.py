@@ -1,5 +1,6 @@
 """Images decoded once: what is kept of them, and what is wrong with the files said at once."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from entry.config import ImageSpec
 from prg.errors import DataError
 from prg.images import decoded, parquet
 from prg.images.decoded import Decoding, load_split
+from prg.images.held_out import hold_out
 from prg.images.source import Source
 from prg.images.splits import splits
 
@@ -92,6 +94,21 @@ def test_of_a_part_the_other_files_are_not_read_and_its_bad_files_are_named(tmp_
     with pytest.raises(DataError, match=r"(?s)1 of 9 .*red/2\.png"):
         decoding.whole(2)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_some_of_the_images_take_no_memory_until_they_are_used(tmp_path: Path) -> None:
+    source = splits(str(image_folder(tmp_path / "images", each=30)))["train"]
+    images = load_split(source, SPEC.model_copy(update={"size": 64, "resize": 64}), tmp_path / "cache")
+    tracemalloc.start()
+    training, held_out = hold_out(images, 0.3)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < images.pixels[:].nbytes / 10
+    some = training.subset(np.array([4, 0, 7])).subset(np.array([2, 0]))
+    assert len(some.pixels) == 2
+    for pixels, key in zip(some.pixels[:], some.keys, strict=True):
+        assert np.array_equal(pixels, images.pixels[list(images.keys).index(key)])
+    assert sorted([*training.keys, *held_out.keys]) == sorted(images.keys)
 
 
 def test_decoded_images_are_kept(tmp_path: Path, source: Source) -> None:

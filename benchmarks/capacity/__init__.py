@@ -1,0 +1,1 @@
+"""How many gateways, GPUs and cores a load needs: measured here, simulated beyond, in tables."""
