@@ -25,8 +25,9 @@ from entry.runner import Runner
 
 CURVE = (0.3, 0.6, 0.8, 0.95, 1.1)
 """Load, in times of what 32 callers get who each wait for their answer."""
-USUAL_RATE = 50.0
-"""Requests a second while the gateway's own work is timed. Under more of them each takes less."""
+BUSY_S = 6.0
+"""For how long callers keep the core busy while the gateway's own work is timed; of a core that is mostly idle each
+request takes several times as long."""
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def overhead(files: list[bytes], core: int, other: int) -> float:
             load.closed(16, 2)
             pid = stage.gateway.process.pid
             before = processor_s(pid)
-            answered = len(load.opened(USUAL_RATE, 6, 0.0).good)
+            answered = load.closed(16, BUSY_S).rate * BUSY_S
             return (processor_s(pid) - before) / answered - rest_s
 
 
