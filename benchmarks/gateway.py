@@ -33,7 +33,7 @@ from benchmarks.peers.engine import BATCH_S, MAX_BATCH, STAND_IN
 from benchmarks.peers.servers import SERVERS, Body, running
 from benchmarks.trust.overload import CALLERS, apart, coloured, limit_of
 from benchmarks.trust.rows import ENGINES, Absent
-from benchmarks.trust.stage import Gateway, machine, staged
+from benchmarks.trust.stage import Gateway, machine
 from entry.files import write_atomically
 from entry.images import load_image
 from entry.runner import Runner
@@ -75,7 +75,7 @@ def limits() -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for engine in ENGINES:
         try:
-            with staged(engine) as stage, apart(stage):
+            with apart(engine) as stage:
                 found[engine] = round(limit_of(coloured(stage.gateway.port), slow=False))
         except Absent:
             found[engine] = None

@@ -21,6 +21,7 @@ from service import errors, openapi, tracing
 from service.admission import Admission
 from service.auth import Keys, new_key
 from service.connections import Connections
+from service.cores import cores
 from service.engines.contract import Engine
 from service.engines.embedded import EmbeddedEngine
 from service.engines.triton import TritonEngine
@@ -192,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
         print("and add this to the file that PRG_API_KEYS_FILE names:", file=sys.stderr)
         print(row)
         return 0
+    # PyTorch, which is imported later, knows nothing of a container's quota.
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
         settings = load_settings()
         app = create_app(settings)

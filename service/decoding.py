@@ -1,7 +1,6 @@
 """Decoding: a request's images to arrays, each by itself, and but for a small one off the event loop."""
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +11,7 @@ from entry.config import ImageSpec
 from entry.images import LIGHT, Effort, Heavy, ImageError, load_image
 from service import tracing
 from service.aside import Aside
+from service.cores import cores
 from service.fetch import Fetcher
 from service.intake import Item, Remote
 from service.settings import Settings
@@ -29,10 +29,7 @@ class Decoder:
         self._limits = settings.image_limits
         self._fetcher = Fetcher(settings.allow_urls, settings.max_image_bytes)
         self._metrics = metrics
-        # The cores that this process may use, where the system says so.
-        self._count = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self._count = cores()
         self._threads = ThreadPoolExecutor(self._count, "decode")
         self._aside = Aside(self._limits, max(1, self._count // 2))
 

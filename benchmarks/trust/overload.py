@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -129,17 +130,20 @@ def row(
 
 
 @contextmanager
-def apart(stage: Stage) -> Iterator[None]:
+def apart(engine: str) -> Iterator[Stage]:
     """The gateway on the first core, all else on the second. Raises Absent where there is one core."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise Absent("two cores are needed, one for the generator")
-    for pid, core in ((stage.gateway.process.pid, cores[0]), *((p, cores[1]) for p in triton_pids(stage))):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {core})
-    os.sched_setaffinity(0, {cores[1]})
     try:
-        yield
+        # Else PyTorch would have a thread for each core of the machine, which wait for each other on one by spinning.
+        with patch.dict(os.environ, OMP_NUM_THREADS="1"), staged(engine) as stage:
+            gateway = stage.gateway.process.pid
+            for pid, core in ((gateway, cores[0]), *((pid, cores[1]) for pid in triton_pids(stage))):
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    os.sched_setaffinity(int(thread.name), {core})
+            os.sched_setaffinity(0, {cores[1]})
+            yield stage
     finally:
         os.sched_setaffinity(0, cores)
 
@@ -155,7 +159,7 @@ def run(engine: str) -> list[Row]:
     """Rows for a model that takes no time, and with Triton for a slow one."""
     rows: list[Row] = []
     for slow in (False, True) if engine == "triton" else (False,):
-        with staged(engine) as stage, apart(stage):
+        with apart(engine) as stage:
             if slow:
                 stage.slow(SLOW_MS)
             rows += measure(stage.gateway.port, stage.gateway.process.pid, slow)
