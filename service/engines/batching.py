@@ -84,7 +84,7 @@ class Batcher:
         self._rules = rules
         self._metrics = metrics
         self._queues: dict[Priority, deque[_Row]] = {"interactive": deque(), "bulk": deque()}
-        self._batches: dict[asyncio.Task[None], list[_Row]] = {}
+        self._batches: dict[asyncio.Task[dict[str, np.ndarray]], list[_Row]] = {}
         """Those in work."""
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
@@ -151,10 +151,27 @@ class Batcher:
                 self._batches[batch] = rows
                 batch.add_done_callback(self._end)
 
-    def _end(self, batch: "asyncio.Task[None]") -> None:
-        del self._batches[batch]
+    def _end(self, batch: "asyncio.Task[dict[str, np.ndarray]]") -> None:
+        rows = self._batches.pop(batch)
         self._ended = asyncio.get_running_loop().time()
+        # First, because to answer takes a while.
         self._start()
+        if batch.cancelled():
+            return
+        try:
+            outputs = batch.result()
+            for index, (waiting, row) in enumerate(rows):
+                waiting.take(row, outputs, index)
+        except EngineError as error:
+            failure: EngineError = error
+        # Whatever happened: these jobs fail, and no other.
+        except Exception as error:
+            log.exception("inference failed", model=rows[0][0].job.model)
+            failure = EngineUnavailable(f"{type(error).__name__} in the model")
+        else:
+            return
+        for waiting in _jobs(rows):
+            waiting.fail(failure)
 
     def _due(self) -> float:
         """The loop's time at which the next batch is to start."""
@@ -185,33 +202,27 @@ class Batcher:
                 rows.append((waiting, row))
         return rows
 
-    async def _run(self, rows: list[_Row]) -> None:
-        jobs = list(dict.fromkeys(waiting for waiting, _ in rows))
-        model = jobs[0].job.model
-        try:
-            with (
-                tracing.shared("inference", [one.trace for one in jobs], model=model, batch=len(rows)),
-                self._metrics.inference_seconds.labels(model).time(),
-            ):
-                outputs = await self._compute(_merged(jobs, rows))
-            self._metrics.batch_images.labels(model).observe(len(rows))
-            for index, (waiting, row) in enumerate(rows):
-                waiting.take(row, outputs, index)
-        except EngineError as error:
-            for waiting in jobs:
-                waiting.fail(error)
-        # Whatever happened: these jobs fail, and the next batch is tried.
-        except Exception as error:
-            log.exception("inference failed", model=model, jobs=len(jobs))
-            for waiting in jobs:
-                waiting.fail(EngineUnavailable(f"{type(error).__name__} in the model"))
+    async def _run(self, rows: list[_Row]) -> dict[str, np.ndarray]:
+        model, traces = rows[0][0].job.model, [waiting.trace for waiting in _jobs(rows)]
+        self._metrics.batch_images.labels(model).observe(len(rows))
+        with (
+            tracing.shared("inference", traces, model=model, batch=len(rows)),
+            self._metrics.inference_seconds.labels(model).time(),
+        ):
+            return await self._compute(_merged(rows))
 
 
-def _merged(jobs: list[_Waiting], rows: list[_Row]) -> Job:
+def _jobs(rows: list[_Row]) -> list[_Waiting]:
+    """Each once."""
+    return list(dict.fromkeys(waiting for waiting, _ in rows))
+
+
+def _merged(rows: list[_Row]) -> Job:
+    jobs = [waiting.job for waiting in _jobs(rows)]
     return replace(
-        jobs[0].job,
+        jobs[0],
         images=np.stack([waiting.job.images[row] for waiting, row in rows]),
         t_end=np.stack([waiting.job.t_end[row] for waiting, row in rows]),
-        outputs=tuple(dict.fromkeys(name for waiting in jobs for name in waiting.job.outputs)),
-        due=max(waiting.job.due for waiting in jobs),
+        outputs=tuple(dict.fromkeys(name for job in jobs for name in job.outputs)),
+        due=max(job.due for job in jobs),
     )
