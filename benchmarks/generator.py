@@ -21,7 +21,10 @@ PATIENCE_S = 30.0
 AT_ONCE = 16
 """Requests that are sent before answers are read again."""
 WATCH_S = 0.25
-LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+END = b"\r\n\r\n"
+"""Of a head."""
+LAST = re.compile(rb"\r\nconnection: close", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
@@ -30,11 +33,23 @@ class Answer(NamedTuple):
     request: int
     due: float
     done: float
-    status: int
-    """0: the connection ended, or nothing came."""
-    head: bytes
-    """In lower case."""
-    body: bytes
+    received: bytes = b""
+    """Nothing: the connection ended, or no answer came."""
+
+    @property
+    def status(self) -> int:
+        """Of HTTP, 0 where there is no answer."""
+        return int(self.received[9:12] or 0)
+
+    @property
+    def head(self) -> bytes:
+        """In lower case."""
+        return self.received.partition(END)[0].lower()
+
+    @property
+    def body(self) -> bytes:
+        """As it came."""
+        return self.received.partition(END)[2]
 
     @property
     def latency_s(self) -> float:
@@ -190,28 +205,26 @@ class Load:
                 data = line.socket.recv(1 << 16)
             except OSError:
                 data = b""
-            line.received += data
-            head, _, body = line.received.partition(b"\r\n\r\n")
-            head = head.lower()
-            length = LENGTH.search(head)
             if not data:
                 answers.append(self._ended(number))
-            elif length and len(body) >= int(length[1]):
-                answers.append(
-                    Answer(line.request, line.due, time.perf_counter(), int(head[9:12]), head, body)
-                )
-                line.received = b""
+                continue
+            line.received += data
+            end = line.received.find(END)
+            length = LENGTH.search(line.received, 0, end) if end >= 0 else None
+            if length and len(line.received) >= end + len(END) + int(length[1]):
+                answers.append(Answer(line.request, line.due, time.perf_counter(), line.received))
                 del self._waiting[number]
-                if line.unsent or b"\r\nconnection: close" in head:
+                if line.unsent or LAST.search(line.received, 0, end):
                     line.socket.close()
                 else:
                     self._free[number] = line
+                line.received = b""
         return answers
 
     def _ended(self, number: int) -> Answer:
         line = self._waiting.pop(number)
         line.socket.close()
-        return Answer(line.request, line.due, time.perf_counter(), 0, b"", b"")
+        return Answer(line.request, line.due, time.perf_counter())
 
     def _give_up(self) -> list[Answer]:
         return [self._ended(number) for number in list(self._waiting)]
