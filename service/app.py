@@ -195,6 +195,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # PyTorch, which is imported later, knows nothing of a container's quota.
     os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+    # So often its threads look for work before they sleep: enough from one operator to the next. By default it is 150
+    # times as much, and decoding large photos lacks the core meanwhile.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         settings = load_settings()
         app = create_app(settings)

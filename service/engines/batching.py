@@ -27,6 +27,8 @@ class Rules:
 
     max_batch: int
     """Rows at most."""
+    full: int
+    """With so many it waits no longer."""
     max_delay_s: float = 0.0
     """How long it waits for company."""
     in_work: int = 1
@@ -34,7 +36,7 @@ class Rules:
     eager: int = 0
     """While fewer batches are in work, nobody waits for company."""
     mixed: bool = True
-    """Whether bulk rows fill what interactive ones leave free."""
+    """Whether rows of any jobs fill it; else jobs of one priority join as a whole, up to `full`."""
 
 
 @dataclass(eq=False)
@@ -99,7 +101,7 @@ class Batcher:
         waiting = _Waiting(job, loop.create_future(), loop.time(), count)
         self._queues[job.priority].extend((waiting, row) for row in range(count))
         # Between the first row and a full batch nobody need look.
-        if not queued or queued + count >= self._rules.max_batch:
+        if not queued or queued + count >= self._rules.full:
             self._start()
         try:
             return await waiting.answer
@@ -177,7 +179,7 @@ class Batcher:
         """The loop's time at which the next batch is to start."""
         first = [queue[0][0] for queue in self._queues.values() if queue]
         eager = len(self._batches) < self._rules.eager or any(waiting.job.alone for waiting in first)
-        if eager or self._closing or self._queued() >= self._rules.max_batch:
+        if eager or self._closing or self._queued() >= self._rules.full:
             return -math.inf
         since = min(waiting.since for waiting in first)
         return (since if self._batches else max(since, self._ended)) + self._rules.max_delay_s
@@ -190,7 +192,11 @@ class Batcher:
             if rows and not self._rules.mixed:
                 break
             while queue and len(rows) < self._rules.max_batch:
-                waiting, row = queue.popleft()
+                waiting, row = queue[0]
+                joins = len(rows) + len(waiting.job.images) <= self._rules.full
+                if rows and row == 0 and not (joins or self._rules.mixed):
+                    break
+                queue.popleft()
                 if waiting.job.due <= now:
                     waiting.fail(DeadlineExceeded("the deadline passed while the request was queued"))
                 if waiting.answer.done():

@@ -34,7 +34,8 @@ class _Version:
     ) -> None:
         self.runner = runner
         self._thread = thread
-        self.batcher = Batcher(self._compute, Rules(settings.max_batch, settings.max_delay_ms / 1e3), metrics)
+        most, delay_s = settings.max_batch, settings.max_delay_ms / 1e3
+        self.batcher = Batcher(self._compute, Rules(most, most, delay_s), metrics)
 
     async def _compute(self, job: Job) -> dict[str, np.ndarray]:
         run = asyncio.get_running_loop().run_in_executor

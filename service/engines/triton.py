@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,8 +49,9 @@ DELAY_S = 0.02
 """How long rows wait for company where so many are in flight."""
 BATCHES = 4
 """Of rows in flight to one address, likewise."""
-PARTS = 4
-"""A call has this part of a batch at most. Triton puts calls together but divides none, so large ones leave gaps."""
+COMPANY = 0.25
+"""Of a batch: so many rows of several callers go in one call. Triton puts calls together but divides none, so large
+ones leave gaps."""
 CALL_TIMEOUT_S = 5.0
 """Of calls that ask for facts, not for inference."""
 LOAD_TIMEOUT_S = 120.0
@@ -181,7 +183,12 @@ class TritonEngine:
         if kind not in self._batchers:
             rows, here = kind[-1], len(self._replicas)
             rules = Rules(
-                max(1, rows // PARTS), DELAY_S, BATCHES * rows * here, EAGER_CALLS * here, mixed=False
+                rows,
+                full=math.ceil(COMPANY * rows),
+                max_delay_s=DELAY_S,
+                in_work=BATCHES * rows * here,
+                eager=EAGER_CALLS * here,
+                mixed=False,
             )
             self._batchers[kind] = Batcher(partial(self._compute, status.entry), rules, self._metrics)
         return await self._batchers[kind].infer(job)

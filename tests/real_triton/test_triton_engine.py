@@ -221,11 +221,15 @@ async def test_rows_of_several_callers_go_in_one_call(serve: Serve, monkeypatch:
         gone, *rest = ask(4, "HIDDEN"), ask(5, "STATE"), ask(6, "HIDDEN"), ask(7, "HIDDEN", priority="bulk")
         await asyncio.sleep(0)
         gone.cancel()
+        await asyncio.sleep(0)
+        large = replace(job("tiny", random_images(20), np.zeros(20), "HIDDEN"), due=due)
+        whole = asyncio.create_task(infer(running, large))
         await asyncio.sleep(0.1)
         go_on.set()
         found = await asyncio.gather(*first, *rest)
+        await whole
     assert calls[:4] == [(1, 1, ["HIDDEN"])] * 4
-    assert calls[4:] == [(1, 2, ["STATE", "HIDDEN"]), (2, 1, ["HIDDEN"])]
+    assert calls[4:] == [(1, 2, ["STATE", "HIDDEN"]), (1, 20, ["HIDDEN"]), (2, 1, ["HIDDEN"])]
     for row, answer in zip((0, 1, 2, 3, 6, 7), [*found[:4], *found[5:]], strict=True):
         assert answer.keys() == {"HIDDEN"}
         assert answer["HIDDEN"][0, 3] == pytest.approx(row / 10)
