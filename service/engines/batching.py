@@ -88,7 +88,7 @@ class Batcher:
         self._queues: dict[Priority, deque[_Row]] = {"interactive": deque(), "bulk": deque()}
         self._batches: dict[asyncio.Task[dict[str, np.ndarray]], list[_Row]] = {}
         """Those in work."""
-        self._timer: asyncio.TimerHandle | None = None
+        self._next_look: asyncio.Handle | None = None
         self._closing = False
         self._ended = -math.inf
         """When the last batch did."""
@@ -100,9 +100,9 @@ class Batcher:
         loop, count, queued = asyncio.get_running_loop(), len(job.images), self._queued()
         waiting = _Waiting(job, loop.create_future(), loop.time(), count)
         self._queues[job.priority].extend((waiting, row) for row in range(count))
-        # Between the first row and a full batch nobody need look.
+        # Between the first row and a full batch nobody need look. Soon, not now: others may come in the same turn.
         if not queued or queued + count >= self._rules.full:
-            self._start()
+            self._look_at(loop.call_soon)
         try:
             return await waiting.answer
         except asyncio.CancelledError:
@@ -137,15 +137,18 @@ class Batcher:
             if all(one.answer.done() for one, _ in rows):
                 batch.cancel()
 
+    def _look_at(self, call: Callable[[Callable[[], None]], asyncio.Handle]) -> None:
+        """Have `_start` called then, and at no other time that was arranged before."""
+        if self._next_look:
+            self._next_look.cancel()
+        self._next_look = call(self._start)
+
     def _start(self) -> None:
         """Start the batches that are due, and look again when the next one is."""
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
         loop = asyncio.get_running_loop()
         while self._queued() and sum(map(len, self._batches.values())) < self._rules.in_work:
             if (due := self._due()) > loop.time():
-                self._timer = loop.call_at(due, self._start)
+                self._look_at(partial(loop.call_at, due))
                 return
             if rows := self._take():
                 # Not in the context of the request that happens to be there.
