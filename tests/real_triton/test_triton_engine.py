@@ -216,8 +216,10 @@ async def test_rows_of_several_callers_go_in_one_call(serve: Serve, monkeypatch:
             asked = job("tiny", images[row : row + 1], np.array([row / 10]), output, **more)
             return asyncio.create_task(infer(running, replace(asked, due=due)))
 
-        first = [ask(row, "HIDDEN") for row in range(4)]
-        await asyncio.sleep(0)
+        first = []
+        for row in range(4):
+            first.append(ask(row, "HIDDEN"))
+            await asyncio.sleep(0.01)
         gone, *rest = ask(4, "HIDDEN"), ask(5, "STATE"), ask(6, "HIDDEN"), ask(7, "HIDDEN", priority="bulk")
         await asyncio.sleep(0)
         gone.cancel()
