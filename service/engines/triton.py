@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from entry.config import Entry, EntryError, entry_from_config
+from entry.config import INSTANCES, Entry, EntryError, entry_from_config
 from service import tracing
 from service.engines.batching import Batcher, Rules
 from service.engines.contract import (
@@ -43,12 +42,11 @@ CHANNEL = [
 ]
 """All of them, because giving any replaces the client's own defaults."""
 PRIORITIES = {"interactive": 1, "bulk": 2}
-EAGER_CALLS = 4
-"""So many calls of a version go to one address at once: two that its instances compute, two that wait there."""
+IN_FLIGHT = 2 * INSTANCES
+"""So many calls of a version go to one address at once, and rows of so many batches: those that its instances compute,
+and as many that wait there."""
 DELAY_S = 0.02
-"""How long rows wait for company where so many are in flight."""
-BATCHES = 4
-"""Of rows in flight to one address, likewise."""
+"""How long rows wait for company where so many calls are in flight."""
 COMPANY = 0.25
 """Of a batch: so many rows of several callers go in one call. Triton puts calls together but divides none, so large
 ones leave gaps."""
@@ -175,23 +173,27 @@ class TritonEngine:
         Rows of several callers go in one call where others are under way: Triton could put them together as well, but
         a call each costs the gateway more than anything else it does for them.
         """
+        most, at_once = self._entry(job).max_batch_size, IN_FLIGHT * len(self._replicas)
+        # Alike in all that a call says once for its rows.
+        kind = job.model, job.version, job.sha256, job.images.shape[1:], most
+        if kind not in self._batchers:
+            rules = Rules(
+                most,
+                full=math.ceil(COMPANY * most),
+                max_delay_s=DELAY_S,
+                in_work=at_once * most,
+                eager=at_once,
+                mixed=False,
+            )
+            self._batchers[kind] = Batcher(self._compute, rules, self._metrics)
+        return await self._batchers[kind].infer(job)
+
+    def _entry(self, job: Job) -> Entry:
+        """Of the job's model, as it is served now. Raises EngineUnavailable."""
         status = self.models().get(job.model)
         if status is None or status.entry is None:
             raise EngineUnavailable(f"no Triton serves {job.model}")
-        # Alike in all that a call says once for its rows.
-        kind = job.model, job.version, job.sha256, job.images.shape[1:], status.entry.max_batch_size
-        if kind not in self._batchers:
-            rows, here = kind[-1], len(self._replicas)
-            rules = Rules(
-                rows,
-                full=math.ceil(COMPANY * rows),
-                max_delay_s=DELAY_S,
-                in_work=BATCHES * rows * here,
-                eager=EAGER_CALLS * here,
-                mixed=False,
-            )
-            self._batchers[kind] = Batcher(partial(self._compute, status.entry), rules, self._metrics)
-        return await self._batchers[kind].infer(job)
+        return status.entry
 
     async def rescan(self) -> None:
         """Ask each Triton to load every entry of its index, then read the configurations again."""
@@ -224,11 +226,12 @@ class TritonEngine:
             replica.refused[name] = _text(error)
             log.error("entry refused", model=name, address=replica.address, reason=_text(error))
 
-    async def _compute(self, entry: Entry, job: Job) -> dict[str, np.ndarray]:
+    async def _compute(self, job: Job) -> dict[str, np.ndarray]:
         """One call, tried again at another address (or the same, if it is the only one) where one fails.
 
         A full queue is an answer: to try again would add to the load.
         """
+        entry = self._entry(job)
         tried: list[Replica] = []
         for _ in range(max(2, len(self._replicas))):
             replica = self._choose(job, tried)
