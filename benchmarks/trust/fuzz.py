@@ -71,12 +71,13 @@ def found(said: str) -> str:
 
 
 def seed_images() -> list[bytes]:
-    """The odd files, or one of each format."""
+    """The odd files, or one of each format that can be written."""
     try:
         return odd_images()
     except Absent:
         seeds = []
-        for kind in FORMATS:
+        Image.init()
+        for kind in (kind for kind in FORMATS if kind in Image.SAVE):
             buffer = io.BytesIO()
             Image.linear_gradient("L").convert("RGB").resize((40, 32)).save(buffer, kind)
             seeds.append(buffer.getvalue())
