@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,11 @@ class Arm:
     title: str
     build: Callable[[Recipe, int, Path], Logits]
     """build(recipe, classes, pretrained entry) -> the model before training."""
+    equal: Literal["flops", "images"] = "flops"
+    """What it gets as much of as the whole of PRG: a cheaper arm sees more images for the same FLOPs."""
 
 
-def prg_arm(title: str, pretrained: bool, reverse: bool) -> Arm:
+def prg_arm(title: str, pretrained: bool, reverse: bool, equal: Literal["flops", "images"] = "flops") -> Arm:
     """The recipe's own network and head."""
 
     def build(recipe: Recipe, classes: int, entry: Path) -> Logits:
@@ -62,7 +64,7 @@ def prg_arm(title: str, pretrained: bool, reverse: bool) -> Arm:
         model = build_classifier(net, recipe, classes)
         return Logits(model, reversed_to(recipe.finetune.t_end[0]) if reverse else at_one)
 
-    return Arm(title, build)
+    return Arm(title, build, equal)
 
 
 def resnet_arm(recipe: Recipe, classes: int, _: Path) -> Logits:
@@ -76,6 +78,9 @@ ARMS = {
     "resnet": Arm("ResNet of the same FLOPs", resnet_arm),
     "scratch": prg_arm("PRG's network and head, without pretraining", pretrained=False, reverse=True),
     "at-one": prg_arm("pretrained, no reverse solve (T_END = 1)", pretrained=True, reverse=False),
+    "at-one-images": prg_arm(
+        "the same, for as many images as PRG", pretrained=True, reverse=False, equal="images"
+    ),
     "finetuned": prg_arm("PRG, fine-tuned", pretrained=True, reverse=True),
 }
 

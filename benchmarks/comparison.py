@@ -1,8 +1,9 @@
 """Does pretraining help? PRG and what it is compared with, by share of the labels. Prints one JSON line last.
 
-Every arm that is trained sees images for the same FLOPs, on the same labelled images, with the same optimiser,
-augmentation and averaging; its learning rate is chosen on images held out from training. The test split is read
-once per run of the table. Results are kept in the folder, so that the same command goes on where it was stopped.
+Every arm that is trained sees images for the same FLOPs (one of them: as many images), on the same labelled images,
+with the same optimiser, augmentation and averaging; its learning rate is chosen on images held out from training. The
+test split is read once per run of the table. Results are kept in the folder, so that the same command goes on where it
+was stopped.
 
 PYTHONPATH=. python benchmarks/comparison.py FOLDER --data IMAGES [--images N] [--out docs/results]
 """
@@ -55,7 +56,7 @@ class Extent:
     """How much is trained."""
 
     images: int
-    """That each run trains on, repeats counted: PRG's; a cheaper arm sees more."""
+    """That each run trains on, repeats counted: PRG's; one of equal FLOPs sees more."""
     tuning: int
     """Likewise, of the runs that choose a learning rate."""
     shares: tuple[float, ...]
@@ -141,7 +142,7 @@ class Comparison:
         torch.manual_seed(seed)
         model = ARMS[name].build(self.recipe, classes, self.entry)
         cost = flops(model, self.recipe)
-        seen = round(count * whole / cost)  # equal compute: a cheaper arm sees more images
+        seen = count if ARMS[name].equal == "images" else round(count * whole / cost)
         batch = min(self.recipe.finetune.batch, len(images))
         steps_per_epoch = max(1, len(images) // batch)
         steps = max(1, round(seen / batch))
@@ -238,7 +239,7 @@ class Comparison:
         shares, seeds = self.extent.shares, self.extent.seeds
         averaged = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "of one seed"
         titles = {**{k: a.title for k, a in ARMS.items()}, **PROBES}
-        order = ("resnet", "scratch", "at-one", "state", "hidden", "finetuned")
+        order = ("resnet", "scratch", "at-one", "at-one-images", "state", "hidden", "finetuned")
         found = {
             (name, share): [
                 self.kept["runs"][run]["top1"]
@@ -255,8 +256,8 @@ class Comparison:
             title="Does pretraining help?",
             about=f"Top-1 accuracy in per cent on the test split, {averaged} (a seed draws the labelled images, the "
             "initial weights of what is not pretrained, and the order), by the share of the training split's "
-            "labels. All trained arms spend the same FLOPs "
-            "on labelled images and share optimiser, augmentation and averaging; each arm's learning rate is "
+            "labels. All trained arms but one spend the same FLOPs "
+            "on labelled images; all share optimiser, augmentation and averaging; each arm's learning rate is "
             "the better of two on images held out. Pretraining on the same images without their labels comes "
             "on top, and is spent once. A probe's fit is convex, so with all labels nothing in it is random.",
             columns=("arm", *(f"{100 * share:g} % of labels" for share in shares)),
