@@ -1,6 +1,6 @@
 """How many gateways, GPUs, cores and how much network a load needs: a simulation, first held against this machine.
 
---measure  times the parts and the service on one core of this machine, and writes the file of times, some three
+--measure  times the parts and the service on one core of this machine, and writes the file of times, some five
            minutes.
 Without it, the tables are made from that file. What is assumed is an option: prices, the GPU, how busy things may be.
 
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from benchmarks.capacity.measure import measure
 from benchmarks.capacity.tables import Assumed, tables
+from entry.files import write_atomically
 
 TIMES = Path("docs/results/capacity.json")
-SECONDS = 12.0
+SECONDS = 30.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     assumed = assumed_by(arguments)
     if arguments.measure:
         facts = measure(arguments.entry, arguments.seconds)
-        arguments.times.write_text(json.dumps(facts, indent=1) + "\n")
+        write_atomically(arguments.times, (json.dumps(facts, indent=1) + "\n").encode())
     elif not arguments.times.is_file():
         raise SystemExit(f"{arguments.times}: no such file; --measure writes it")
     facts = json.loads(arguments.times.read_text("utf-8"))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.capacity.simulate import Outcome, Site, Times, simulate
+from benchmarks.capacity.simulate import Outcome, Site, Times, limit, simulate
 from benchmarks.gateway import SIZES, photos, photos_to
 from benchmarks.trust.stage import Gateway as Served
 from benchmarks.trust.stage import family, machine, processor_s, staged
@@ -24,7 +24,10 @@ from entry.images import load_image
 from entry.runner import Runner
 
 CURVE = (0.3, 0.6, 0.8, 0.95, 1.1)
-"""Load, in times of what 32 callers get who each wait for their answer."""
+"""Load, in times of what CALLERS get who each wait for their answer."""
+CALLERS = 32
+SIMULATED_S, RUNS = 60.0, 20
+"""Of the simulated limit; and how often each load is simulated, as arrivals at random differ most near the limit."""
 BUSY_S = 6.0
 """For how long callers keep the core busy while the gateway's own work is timed; of a core that is mostly idle each
 request takes several times as long."""
@@ -98,8 +101,11 @@ def overhead(files: list[bytes], core: int, other: int) -> float:
 def measured(
     entry: Path, times: Times, files: list[bytes], seconds: float, core: int, other: int
 ) -> list[dict[str, Any]]:
-    """The embedded service on one core under each load, beside the simulation."""
-    rows = []
+    """The embedded service on one core under each load, beside the simulation.
+
+    Each is loaded in times of its own limit: near it a few per cent decide how long a queue stands.
+    """
+    rows, site, simulated = [], Site(), limit(times, Site(), CALLERS, SIMULATED_S)
     with tempfile.TemporaryDirectory() as folder:
         gateway = Served(Path(folder), {"model_repository": entry.parent, "models": entry.name})
         try:
@@ -108,18 +114,25 @@ def measured(
             with on_core(other):
                 load = photos_to(gateway.port, files)
                 load.closed(16, 4)
-                limit = load.closed(32, seconds).rate
+                own = load.closed(CALLERS, seconds).rate
                 for factor in CURVE:
-                    rate = factor * limit
+                    rate, rate_there = factor * own, factor * simulated
                     arrived = load.opened(rate, seconds, 0.0)
                     load.close()
                     failed = len(arrived.answers) - len(arrived.good)
                     found = Outcome([answer.latency_s for answer in arrived.good], failed)
-                    both = {
-                        "measured": summary(found),
-                        "simulated": summary(simulate(times, Site(), rate, seconds)),
-                    }
-                    rows.append({"load": factor, "arrivals_per_s": round(rate, 1)} | both)
+                    there = Outcome()
+                    for seed in range(RUNS):
+                        one = simulate(times, site, rate_there, seconds, seed=seed)
+                        there.latencies += one.latencies
+                        there.refused += one.refused
+                    rows.append(
+                        {
+                            "load": factor,
+                            "measured": {"arrivals_per_s": round(rate)} | summary(found),
+                            "simulated": {"arrivals_per_s": round(rate_there)} | summary(there),
+                        }
+                    )
         finally:
             gateway.stop()
     return rows

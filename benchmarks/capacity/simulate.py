@@ -7,6 +7,7 @@ computes whatever waits, a batch at a time. No network delay, no proxy.
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,17 +119,25 @@ def work(env: simpy.Environment, cores: simpy.Resource, seconds: float) -> Steps
             seconds -= part
 
 
-def simulate(times: Times, site: Site, rate: float, seconds: float, warm_s: float = 0.0) -> Outcome:
-    """So many requests a second for so long; those of the first `warm_s` are not counted."""
-    env, outcome, rng = simpy.Environment(), Outcome(), np.random.default_rng(1)
-    gateways = [Gateway(env, site) for _ in range(site.gateways)]
-    shared = [Engine(env, site, times, None) for _ in range(site.engines)]
-    own = {id(g): [Engine(env, site, times, g.cores)] for g in gateways if not shared}
+class Scene:
+    """A site with nothing under way, and what becomes of its requests."""
 
-    def request(gateway: Gateway, decode_s: float) -> Steps:
-        begun = env.now
-        if gateway.held >= site.queue:
-            outcome.refused += begun >= warm_s
+    def __init__(self, times: Times, site: Site) -> None:
+        self.env, self.outcome = simpy.Environment(), Outcome()
+        self._times, self._site = times, site
+        self._gateways = [Gateway(self.env, site) for _ in range(site.gateways)]
+        self._shared = [Engine(self.env, site, times, None) for _ in range(site.engines)]
+        self._own = [
+            Engine(self.env, site, times, gateway.cores) for gateway in self._gateways if not self._shared
+        ]
+
+    def request(self, i: int, warm_s: float = 0.0) -> Steps:
+        """The i-th, not counted where it begins within `warm_s`."""
+        env, times, begun = self.env, self._times, self.env.now
+        at = i % len(self._gateways)
+        gateway, engines = self._gateways[at], self._shared or self._own[at : at + 1]
+        if gateway.held >= self._site.queue:
+            self.outcome.refused += begun >= warm_s
             return
         gateway.held += 1
         with gateway.loop.request() as turn:
@@ -136,8 +145,8 @@ def simulate(times: Times, site: Site, rate: float, seconds: float, warm_s: floa
             yield from work(env, gateway.cores, times.overhead_s / 2)
         with gateway.threads.request() as turn:
             yield turn
-            yield from work(env, gateway.cores, decode_s)
-        engine = min(shared or own[id(gateway)], key=lambda e: e.in_flight)
+            yield from work(env, gateway.cores, times.decode_s[i % len(times.decode_s)])
+        engine = min(engines, key=lambda e: e.in_flight)
         engine.in_flight += 1
         image = Waiting(env.now, env.event())
         engine.waiting.put(image)
@@ -147,14 +156,34 @@ def simulate(times: Times, site: Site, rate: float, seconds: float, warm_s: floa
             yield from work(env, gateway.cores, times.overhead_s / 2)
         gateway.held -= 1
         if begun >= warm_s:
-            outcome.latencies.append(env.now - begun)
+            self.outcome.latencies.append(env.now - begun)
+
+
+def simulate(
+    times: Times, site: Site, rate: float, seconds: float, warm_s: float = 0.0, seed: int = 1
+) -> Outcome:
+    """So many requests a second for so long; those of the first `warm_s` are not counted."""
+    scene, rng = Scene(times, site), np.random.default_rng(seed)
 
     def arrivals() -> Steps:
         for i, gap in enumerate(rng.exponential(1 / rate, int(rate * seconds))):
-            yield env.timeout(gap)
-            gateway = gateways[i % len(gateways)]
-            env.process(request(gateway, times.decode_s[i % len(times.decode_s)]))
+            yield scene.env.timeout(gap)
+            scene.env.process(scene.request(i, warm_s))
 
-    env.process(arrivals())
-    env.run()
-    return outcome
+    scene.env.process(arrivals())
+    scene.env.run()
+    return scene.outcome
+
+
+def limit(times: Times, site: Site, callers: int, seconds: float) -> float:
+    """Answers a second, where each caller waits for its answer before it asks again."""
+    scene, numbers = Scene(times, site), count()
+
+    def caller() -> Steps:
+        while True:
+            yield from scene.request(next(numbers))
+
+    for _ in range(callers):
+        scene.env.process(caller())
+    scene.env.run(until=seconds)
+    return len(scene.outcome.latencies) / seconds

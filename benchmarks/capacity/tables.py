@@ -31,17 +31,23 @@ def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+COMPARED = {
+    "arrivals_per_s": "arrivals/s: measured / simulated",
+    "p50_ms": "p50, ms",
+    "p95_ms": "p95, ms",
+}
+
+
 def curve(facts: dict[str, Any]) -> str:
     """Measured beside simulated."""
     rows = [
         (
             f"{row['load']:g}",
-            f"{row['arrivals_per_s']:.0f}",
-            *(f"{row['measured'][key]:g} / {row['simulated'][key]:g}" for key in ("p50_ms", "p95_ms")),
+            *(f"{row['measured'][key]:g} / {row['simulated'][key]:g}" for key in COMPARED),
         )
         for row in facts["curve"]
     ]
-    return table(("load", "arrivals/s", "p50, ms: measured / simulated", "p95, ms"), rows)
+    return table(("load", *COMPARED.values()), rows)
 
 
 def sized(load: float, photo: dict[str, Any], overhead_s: float, assumed: Assumed) -> tuple[Times, Site]:
