@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     command = f"PYTHONPATH=. python benchmarks/solve.py --entry {arguments.entry} --data {Path(arguments.data).name}"
     report = Report(
         f"When the solve pays: {name}",
-        f"{about} Top-1 in per cent, means of {SEEDS} draws of the labels.",
+        f"{about} Top-1 in per cent, means of {SEEDS} draws of the labels, where fewer than all are used.",
         ("look", "t_end", "steps", "evaluations", *(f"{n} a class" for n in LABELS), "ten nearest"),
         rows,
         {"": draw_axes(lambda axes: draw(axes, rows), panels=2)},
