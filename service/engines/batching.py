@@ -35,6 +35,9 @@ class Rules:
     """While so many rows are computed, the next batch gathers."""
     eager: int = 0
     """While fewer batches are in work, nobody waits for company."""
+    ahead_s: float = 0.0
+    """Where a batch takes less, a full one is handed over before the last one ended, so that the engine need not wait
+    for it. Longer ones are not worth that an interactive row waits for one more."""
     mixed: bool = True
     """Whether rows of any jobs fill it; else jobs of one priority join as a whole, up to `full`."""
 
@@ -92,6 +95,8 @@ class Batcher:
         self._closing = False
         self._ended = -math.inf
         """When the last batch did."""
+        self._took = math.inf
+        """Seconds of the last batch."""
 
     async def infer(self, job: Job) -> dict[str, np.ndarray]:
         """Queue the job and await its outputs. Raises EngineError."""
@@ -146,7 +151,7 @@ class Batcher:
     def _start(self) -> None:
         """Start the batches that are due, and look again when the next one is."""
         loop = asyncio.get_running_loop()
-        while self._queued() and sum(map(len, self._batches.values())) < self._rules.in_work:
+        while self._queued() and self._has_room():
             if (due := self._due()) > loop.time():
                 self._look_at(partial(loop.call_at, due))
                 return
@@ -177,6 +182,15 @@ class Batcher:
             return
         for waiting in _jobs(rows):
             waiting.fail(failure)
+
+    def _has_room(self) -> bool:
+        """Whether one more batch may be in work."""
+        ahead = len(self._batches) == 1 and self._queued() >= self._rules.full
+        return (ahead and self._took < self._rules.ahead_s) or self._in_work() < self._rules.in_work
+
+    def _in_work(self) -> int:
+        """How many rows are computed."""
+        return sum(map(len, self._batches.values()))
 
     def _due(self) -> float:
         """The loop's time at which the next batch is to start."""
@@ -214,11 +228,15 @@ class Batcher:
     async def _run(self, rows: list[_Row]) -> dict[str, np.ndarray]:
         model, traces = rows[0][0].job.model, [waiting.trace for waiting in _jobs(rows)]
         self._metrics.batch_images.labels(model).observe(len(rows))
-        with (
-            tracing.shared("inference", traces, model=model, batch=len(rows)),
-            self._metrics.inference_seconds.labels(model).time(),
-        ):
-            return await self._compute(_merged(rows))
+        time = asyncio.get_running_loop().time
+        begun = time()
+        with tracing.shared("inference", traces, model=model, batch=len(rows)):
+            try:
+                return await self._compute(_merged(rows))
+            finally:
+                # What was handed over ahead began when the one before it ended.
+                self._took = time() - (max(begun, self._ended) if self._rules.ahead_s else begun)
+                self._metrics.inference_seconds.labels(model).observe(self._took)
 
 
 def _jobs(rows: list[_Row]) -> list[_Waiting]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 WARM_UP_CALLS = 3
 """TorchScript compiles in its first calls."""
+AHEAD_S = 0.05
+"""As a GPU's batches are."""
 
 
 class _Version:
@@ -35,7 +37,7 @@ class _Version:
         self.runner = runner
         self._thread = thread
         most, delay_s = settings.max_batch, settings.max_delay_ms / 1e3
-        self.batcher = Batcher(self._compute, Rules(most, most, delay_s), metrics)
+        self.batcher = Batcher(self._compute, Rules(most, most, delay_s, ahead_s=AHEAD_S), metrics)
 
     async def _compute(self, job: Job) -> dict[str, np.ndarray]:
         run = asyncio.get_running_loop().run_in_executor
