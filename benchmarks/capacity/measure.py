@@ -1,6 +1,6 @@
 """What this machine gives: decoding, the gateway's own work for a request and the model, each by itself, on one core.
 
-Then the embedded service on that core under rising load, beside what the simulation makes of those times.
+Then the embedded service on that core under rising load.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.capacity.simulate import Outcome, Site, Times, limit, simulate
+from benchmarks.capacity.simulate import Outcome, Times, summary
 from benchmarks.gateway import SIZES, photos, photos_to
 from benchmarks.trust.stage import Gateway as Served
 from benchmarks.trust.stage import family, machine, processor_s, staged
@@ -26,8 +26,6 @@ from entry.runner import Runner
 CURVE = (0.3, 0.6, 0.8, 0.95, 1.1)
 """Load, in times of what CALLERS get who each wait for their answer."""
 CALLERS = 32
-SIMULATED_S, RUNS = 60.0, 20
-"""Of the simulated limit; and how often each load is simulated, as arrivals at random differ most near the limit."""
 BUSY_S = 6.0
 """For how long callers keep the core busy while the gateway's own work is timed; of a core that is mostly idle each
 request takes several times as long."""
@@ -98,14 +96,9 @@ def overhead(files: list[bytes], core: int, other: int) -> float:
             return (processor_s(pid) - before) / answered - rest_s
 
 
-def measured(
-    entry: Path, times: Times, files: list[bytes], seconds: float, core: int, other: int
-) -> list[dict[str, Any]]:
-    """The embedded service on one core under each load, beside the simulation.
-
-    Each is loaded in times of its own limit: near it a few per cent decide how long a queue stands.
-    """
-    rows, site, simulated = [], Site(), limit(times, Site(), CALLERS, SIMULATED_S)
+def measured(entry: Path, files: list[bytes], seconds: float, core: int, other: int) -> list[dict[str, Any]]:
+    """The embedded service on one core under each load."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         gateway = Served(Path(folder), {"model_repository": entry.parent, "models": entry.name})
         try:
@@ -114,25 +107,13 @@ def measured(
             with on_core(other):
                 load = photos_to(gateway.port, files)
                 load.closed(16, 4)
-                own = load.closed(CALLERS, seconds).rate
+                limit = load.closed(CALLERS, seconds).rate
                 for factor in CURVE:
-                    rate, rate_there = factor * own, factor * simulated
-                    arrived = load.opened(rate, seconds, 0.0)
+                    arrived = load.opened(factor * limit, seconds, 0.0)
                     load.close()
                     failed = len(arrived.answers) - len(arrived.good)
                     found = Outcome([answer.latency_s for answer in arrived.good], failed)
-                    there = Outcome()
-                    for seed in range(RUNS):
-                        one = simulate(times, site, rate_there, seconds, seed=seed)
-                        there.latencies += one.latencies
-                        there.refused += one.refused
-                    rows.append(
-                        {
-                            "load": factor,
-                            "measured": {"arrivals_per_s": round(rate)} | summary(found),
-                            "simulated": {"arrivals_per_s": round(rate_there)} | summary(there),
-                        }
-                    )
+                    rows.append({"load": factor} | summary(factor * limit, found))
         finally:
             gateway.stop()
     return rows
@@ -162,13 +143,6 @@ def measure(entry: Path, seconds: float) -> dict[str, Any]:
         }
         for i, pixels in enumerate(SIZES)
     ]
-    rows = measured(entry, times, files, seconds, *cores[:2])
+    rows = measured(entry, files, seconds, *cores[:2])
     facts = {"machine": machine(), "entry": entry.name, "times": asdict(times), "photos": by_size}
-    return facts | {"curve": rows}
-
-
-def summary(outcome: Outcome) -> dict[str, float]:
-    """Milliseconds, and the share that was refused."""
-    total = len(outcome.latencies) + outcome.refused
-    figures = {f"p{q}_ms": round(outcome.percentile(q) * 1e3) for q in (50, 95)}
-    return figures | {"refused": round(outcome.refused / total, 2)}
+    return facts | {"callers": CALLERS, "seconds": seconds, "curve": rows}

@@ -59,6 +59,13 @@ class Outcome:
         return float(np.percentile(self.latencies or [math.nan], q))
 
 
+def summary(rate: float, outcome: Outcome) -> dict[str, float]:
+    """Arrivals a second, milliseconds, and the share that was refused."""
+    total = len(outcome.latencies) + outcome.refused
+    figures = {f"p{q}_ms": round(outcome.percentile(q) * 1e3) for q in (50, 95)}
+    return {"arrivals_per_s": round(rate)} | figures | {"refused": round(outcome.refused / total, 2)}
+
+
 Steps = Generator[simpy.Event, Any, None]
 
 

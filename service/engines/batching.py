@@ -186,11 +186,8 @@ class Batcher:
     def _has_room(self) -> bool:
         """Whether one more batch may be in work."""
         ahead = len(self._batches) == 1 and self._queued() >= self._rules.full
-        return (ahead and self._took < self._rules.ahead_s) or self._in_work() < self._rules.in_work
-
-    def _in_work(self) -> int:
-        """How many rows are computed."""
-        return sum(map(len, self._batches.values()))
+        rows = sum(map(len, self._batches.values()))
+        return rows < self._rules.in_work or (ahead and self._took < self._rules.ahead_s)
 
     def _due(self) -> float:
         """The loop's time at which the next batch is to start."""
